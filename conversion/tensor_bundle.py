@@ -1,0 +1,216 @@
+"""Read a TensorFlow V2 checkpoint without TensorFlow.
+
+A checkpoint PREFIX is an index, `PREFIX.index`, and data shards, `PREFIX.data-00000-of-00001` and on. The
+index is a sorted string table in LevelDB's format (leveldb/doc/table_format.md): blocks of keys and values,
+each key sharing a prefix with the one before it. A value is a protocol buffer, BundleEntryProto
+(tensorflow/core/protobuf/tensor_bundle.proto), that says where a tensor's bytes lie.
+"""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import google_crc32c
+import torch
+
+_FOOTER_SIZE = 48
+_MAGIC = 0xDB4775248B80FB57
+_FLOAT32 = 1  # DT_FLOAT in tensorflow/core/framework/types.proto
+
+
+@dataclass
+class _Entry:
+    """Where a tensor lies and what it is; the field numbers are those of BundleEntryProto."""
+
+    dtype: int = 0
+    shape: list[int] = field(default_factory=list)
+    shard: int = 0
+    offset: int = 0
+    size: int = 0
+    checksum: int = 0
+
+
+class TensorBundle:
+    """The tensors of a checkpoint, read one at a time and checked against their checksums.
+
+    Args:
+        prefix: the path of the files without `.index`.
+
+    Raises:
+        ValueError: a file is damaged, cut short, or no TensorFlow V2 checkpoint; names file and tensor.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.index_path = prefix.with_name(prefix.name + ".index")
+        self._prefix = prefix
+        self._shards: dict[int, memoryview] = {}
+        entries = dict(_read_table(self.index_path))
+        if b"" not in entries:
+            raise ValueError(
+                f"{self.index_path} has no header entry: it is no TensorFlow V2 checkpoint index"
+            )
+        header = dict(_fields(entries.pop(b""), self.index_path))
+        self.num_shards = int(header.get(1, 1))
+        if header.get(2, 0) != 0:
+            raise ValueError(
+                f"{self.index_path} is big-endian; only little-endian checkpoints can be read"
+            )
+        self._entries = {
+            name.decode(): _parse_entry(value, self.index_path) for name, value in entries.items()
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor by name, in the order of the index."""
+        return {name: tuple(entry.shape) for name, entry in self._entries.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The float32 tensor `name`, backed by the mapped file.
+
+        Raises:
+            ValueError: its bytes are missing, or do not match their checksum.
+        """
+        entry = self._entries[name]
+        if entry.dtype != _FLOAT32:
+            raise ValueError(
+                f"{self.index_path}: {name} has data type {entry.dtype}; only float32 (1) is read"
+            )
+        shard_path, data = self._shard(entry.shard)
+        where = f"{shard_path}: {name}"
+        expected = 4 * torch.Size(entry.shape).numel()
+        if entry.size != expected:
+            raise ValueError(
+                f"{where} has {entry.size} bytes, but its shape {entry.shape} takes {expected}"
+            )
+        if entry.offset + entry.size > len(data):
+            raise ValueError(
+                f"{where} ends at byte {entry.offset + entry.size}, past the file's {len(data)}: "
+                "the file is cut short; fetch it again"
+            )
+        piece = data[entry.offset : entry.offset + entry.size]
+        if _masked_crc(piece) != entry.checksum:
+            raise ValueError(
+                f"{where} does not match its checksum: the file is damaged; fetch it again"
+            )
+        return torch.frombuffer(piece, dtype=torch.float32).reshape(entry.shape)
+
+    def _shard(self, number: int) -> tuple[Path, memoryview]:
+        path = self._prefix.with_name(
+            f"{self._prefix.name}.data-{number:05d}-of-{self.num_shards:05d}"
+        )
+        if number not in self._shards:
+            # A private mapping: torch wants memory that may be written to, the file stays as it is.
+            with path.open("rb") as file:
+                mapped = (
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                    if path.stat().st_size
+                    else b""
+                )
+            self._shards[number] = memoryview(mapped)
+        return path, self._shards[number]
+
+
+def _masked_crc(data: memoryview | bytes) -> int:
+    """CRC-32C, rotated and shifted as LevelDB stores it, so that a checksum of checksums stays useful."""
+    crc = int(google_crc32c.value(bytes(data)))
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _varint(data: bytes, position: int, path: Path) -> tuple[int, int]:
+    """The number at `position`, seven bits a byte, and the position after it."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if position >= len(data):
+            break
+        byte = data[position]
+        position += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, position
+    raise ValueError(f"{path} is damaged: a number runs past its end")
+
+
+def _fields(message: bytes, path: Path) -> Iterator[tuple[int, int | bytes]]:
+    """The numbered fields of a protocol buffer message."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position, path)
+        number, wire_type = key >> 3, key & 7
+        if wire_type == 0:
+            value, position = _varint(message, position, path)
+            yield number, value
+            continue
+        if wire_type == 2:
+            size, position = _varint(message, position, path)
+        elif wire_type in (1, 5):
+            size = 8 if wire_type == 1 else 4
+        else:
+            raise ValueError(
+                f"{path} is damaged: field {number} has the unknown wire type {wire_type}"
+            )
+        if position + size > len(message):
+            raise ValueError(f"{path} is damaged: field {number} runs past the end of its message")
+        piece = message[position : position + size]
+        position += size
+        yield number, piece if wire_type == 2 else int.from_bytes(piece, "little")
+
+
+def _parse_entry(message: bytes, path: Path) -> _Entry:
+    entry = _Entry()
+    names = {1: "dtype", 3: "shard", 4: "offset", 5: "size", 6: "checksum"}
+    for number, value in _fields(message, path):
+        if number == 2 and isinstance(value, bytes):
+            dimensions = [dict(_fields(bytes(v), path)) for n, v in _fields(value, path) if n == 2]
+            entry.shape = [int(dimension.get(1, 0)) for dimension in dimensions]
+        elif number in names:
+            setattr(entry, names[number], value)
+        elif number == 7:
+            raise ValueError(f"{path} holds sliced tensors; save the checkpoint unpartitioned")
+    return entry
+
+
+def _read_table(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a sorted string table."""
+    data = path.read_bytes()
+    if len(data) < _FOOTER_SIZE or int.from_bytes(data[-8:], "little") != _MAGIC:
+        raise ValueError(
+            f"{path} does not end like a TensorFlow V2 checkpoint index; is it the right file?"
+        )
+    footer = data[-_FOOTER_SIZE:]
+    _, position = _varint(footer, 0, path)
+    _, position = _varint(footer, position, path)
+    for _, handle in _read_block(data, footer[position:], path):
+        yield from _read_block(data, handle, path)
+
+
+def _read_block(data: bytes, handle: bytes, path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of the block at `handle`, a pair of offset and size."""
+    offset, position = _varint(handle, 0, path)
+    size, _ = _varint(handle, position, path)
+    block, trailer = data[offset : offset + size], data[offset + size : offset + size + 5]
+    if len(block) != size or len(trailer) != 5 or size < 4:
+        raise ValueError(
+            f"{path} is cut short: a block of {size} bytes at {offset} runs past its end"
+        )
+    if _masked_crc(block + trailer[:1]) != int.from_bytes(trailer[1:], "little"):
+        raise ValueError(f"{path} does not match its checksum at byte {offset}: fetch it again")
+    if trailer[0] != 0:
+        raise ValueError(
+            f"{path} is compressed (type {trailer[0]}); only uncompressed indexes are read"
+        )
+    num_restarts = int.from_bytes(block[-4:], "little")
+    end = size - 4 * (num_restarts + 1)
+    key, position = b"", 0
+    while position < end:
+        shared, position = _varint(block, position, path)
+        unshared, position = _varint(block, position, path)
+        length, position = _varint(block, position, path)
+        if shared > len(key) or position + unshared + length > end:
+            raise ValueError(
+                f"{path} is damaged: an entry of the block at {offset} runs past its end"
+            )
+        key = key[:shared] + block[position : position + unshared]
+        position += unshared
+        yield key, block[position : position + length]
+        position += length

@@ -1,0 +1,61 @@
+"""A GPT written from scratch that transformers takes for its own and that runs GPT-2's weights.
+
+Importing this package registers its classes with transformers, so that `AutoModelForCausalLM` and the
+others find them.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from .blocks_scratch_gpt import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
+from .configuration_scratch_gpt import ScratchGPTConfig
+from .gpt2_checkpoints import register_gpt2_rules
+from .modeling_scratch_gpt import (
+    ScratchGPTForCausalLM,
+    ScratchGPTForQuestionAnswering,
+    ScratchGPTForSequenceClassification,
+    ScratchGPTForTokenClassification,
+    ScratchGPTModel,
+    ScratchGPTPreTrainedModel,
+)
+from .tokenization_scratch_gpt import ScratchGPTTokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GELU",
+    "FeedForward",
+    "LayerNorm",
+    "MultiHeadAttention",
+    "ScratchGPTConfig",
+    "ScratchGPTForCausalLM",
+    "ScratchGPTForQuestionAnswering",
+    "ScratchGPTForSequenceClassification",
+    "ScratchGPTForTokenClassification",
+    "ScratchGPTModel",
+    "ScratchGPTPreTrainedModel",
+    "ScratchGPTTokenizer",
+    "TransformerBlock",
+]
+
+AutoConfig.register("scratch_gpt", ScratchGPTConfig, exist_ok=True)
+AutoModel.register(ScratchGPTConfig, ScratchGPTModel, exist_ok=True)
+AutoModelForCausalLM.register(ScratchGPTConfig, ScratchGPTForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    ScratchGPTConfig, ScratchGPTForSequenceClassification, exist_ok=True
+)
+AutoModelForTokenClassification.register(
+    ScratchGPTConfig, ScratchGPTForTokenClassification, exist_ok=True
+)
+AutoModelForQuestionAnswering.register(
+    ScratchGPTConfig, ScratchGPTForQuestionAnswering, exist_ok=True
+)
+AutoTokenizer.register(ScratchGPTConfig, tokenizer_class=ScratchGPTTokenizer, exist_ok=True)
+register_gpt2_rules()

@@ -1,0 +1,302 @@
+"""The configuration: one set of names, the published sizes, and how the model splits over devices."""
+
+import difflib
+import sys
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PretrainedConfig
+
+# `<|endoftext|>` in the vocabulary that OpenAI released. It begins, ends and pads a text.
+END_OF_TEXT_ID = 50256
+
+# GPT-2 (Radford et al. 2019, table 2, with the parameter counts that OpenAI published later).
+# GPT-3 (Brown et al. 2020, table 2.1), with dense attention in every layer, where the paper alternates
+# dense and banded ones. Two of its rows do not multiply out, and the head size of 128 decides them:
+# XL gives 24 heads for a width of 2048 (24 * 128 = 3072), here 16; 13B gives a width of 5140 for 40 heads
+# (40 * 128 = 5120), here 5120.
+_GPT3 = {"max_position_embeddings": 2048}
+PRESETS: dict[str, dict[str, int]] = {
+    "gpt2": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
+    "gpt2-medium": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
+    "gpt2-large": dict(hidden_size=1280, num_hidden_layers=36, num_attention_heads=20),
+    "gpt2-xl": dict(hidden_size=1600, num_hidden_layers=48, num_attention_heads=25),
+    "gpt3-small": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, **_GPT3),
+    "gpt3-medium": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, **_GPT3),
+    "gpt3-large": dict(hidden_size=1536, num_hidden_layers=24, num_attention_heads=16, **_GPT3),
+    "gpt3-xl": dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, **_GPT3),
+    "gpt3-2.7b": dict(hidden_size=2560, num_hidden_layers=32, num_attention_heads=32, **_GPT3),
+    "gpt3-6.7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, **_GPT3),
+    "gpt3-13b": dict(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, **_GPT3),
+    "gpt3-175b": dict(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, **_GPT3),
+}
+
+# Names by which people know the same sizes.
+PRESET_ALIASES = {
+    "124M": "gpt2",
+    "355M": "gpt2-medium",
+    "774M": "gpt2-large",
+    "1558M": "gpt2-xl",
+    "gpt2-small": "gpt2",
+    "gpt3": "gpt3-175b",
+}
+
+# Activation names of transformers -> what `GELU` computes.
+GELU_FORMS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+
+# Fields of GPT-2's configuration that change nothing here: `reorder_and_upcast_attn` is a matter of
+# precision, which the kernels settle; the summary belongs to the double-heads model.
+_IGNORED_GPT2_FIELDS = (
+    "reorder_and_upcast_attn",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+    "task_specific_params",
+)
+
+# Where each Auto class finds its class among the files that are saved with a model.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_scratch_gpt.ScratchGPTConfig",
+    "AutoModel": "modeling_scratch_gpt.ScratchGPTModel",
+    "AutoModelForCausalLM": "modeling_scratch_gpt.ScratchGPTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_scratch_gpt.ScratchGPTForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_scratch_gpt.ScratchGPTForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_scratch_gpt.ScratchGPTForQuestionAnswering",
+}
+
+
+@strict
+class ScratchGPTConfig(PretrainedConfig):
+    """Sizes and switches of a GPT. The defaults are GPT-2 with 124M parameters.
+
+    Arguments go by transformers' standard names. GPT-2's own (`n_embd`, `n_layer`, `n_head`, `n_positions`,
+    `n_ctx`, `n_inner`, `resid_pdrop`, ...) and the textbook's (`emb_dim`, `n_layers`, `n_heads`,
+    `context_length`, `drop_rate`) are accepted for the same fields.
+
+    Args:
+        vocab_size: number of token ids, V.
+        hidden_size: width of a token's vector, C.
+        num_hidden_layers: number of transformer blocks.
+        num_attention_heads: heads a block attends with, H; divides `hidden_size`.
+        intermediate_size: width inside the feed-forward network; 4 * `hidden_size` if not given.
+        max_position_embeddings: positions the model knows, the longest text in tokens.
+        hidden_act: "gelu_new" or "gelu_pytorch_tanh" (GPT-2's tanh form), or "gelu" (the exact form).
+        qkv_bias: whether the query, key and value projections add a bias.
+        tie_word_embeddings: whether the output head shares the token embedding's weights.
+        scale_attn_weights: whether scores are divided by the square root of the head size.
+        scale_attn_by_inverse_layer_idx: whether layer i's scores are divided by i + 1 as well.
+        fused_kernels: compute LayerNorm and GELU by torch's fused kernels (True) or written out (False).
+            Attention is chosen by transformers' `attn_implementation`.
+        layer_norm_eps: added to the variance in LayerNorm.
+        embedding_dropout, hidden_dropout, attention_dropout: probability of dropping an embedding, a
+            sub-layer's output, an attention weight, in training.
+        classifier_dropout: the same before the token-classification head; `hidden_dropout` if not given.
+        initializer_range: standard deviation of the initial weights.
+        use_cache: return keys and values for the next step by default.
+        bos_token_id, eos_token_id, pad_token_id: the end-of-text token, if the vocabulary is large enough.
+
+    Raises:
+        ValueError: a value is out of its range, or two names for one field disagree.
+
+    Example:
+
+    >>> ScratchGPTConfig.from_preset("gpt2-medium").hidden_size
+    1024
+    >>> ScratchGPTConfig(emb_dim=64, n_layers=2, n_heads=4, context_length=128).intermediate_size
+    256
+    """
+
+    model_type = "scratch_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "n_vocab": "vocab_size",
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+        "n_ctx": "max_position_embeddings",
+        "n_inner": "intermediate_size",
+        "activation_function": "hidden_act",
+        "layer_norm_epsilon": "layer_norm_eps",
+        "embd_pdrop": "embedding_dropout",
+        "resid_pdrop": "hidden_dropout",
+        "attn_pdrop": "attention_dropout",
+        "emb_dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "context_length": "max_position_embeddings",
+    }
+
+    # The columns of a head stay together: a device holds whole heads, and one sum a sub-layer joins them.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024
+    hidden_act: str = "gelu_new"
+    qkv_bias: bool = True
+    tie_word_embeddings: bool = True
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    fused_kernels: bool = True
+    layer_norm_eps: float = 1e-5
+    embedding_dropout: float | int = 0.1
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = END_OF_TEXT_ID
+    eos_token_id: int | list[int] | None = END_OF_TEXT_ID
+    pad_token_id: int | None = END_OF_TEXT_ID
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs = self._take_aliases(kwargs)
+        if kwargs.pop("add_cross_attention", False):
+            raise ValueError(
+                "add_cross_attention=True asks for an encoder-decoder; this model has a decoder only: "
+                "drop the field, or use transformers' GPT2Model"
+            )
+        for name in ("model_type", *_IGNORED_GPT2_FIELDS):
+            kwargs.pop(name, None)
+        super().__post_init__(**kwargs)
+
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) == END_OF_TEXT_ID and self.vocab_size <= END_OF_TEXT_ID:
+                setattr(self, name, None)
+        # A loaded file may name another repository's code; what is saved travels with its own.
+        self.auto_map = dict(_AUTO_MAP)
+        self.check()
+
+    def _take_aliases(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Set the fields that `kwargs` names by an alias; return the rest."""
+        if "n_positions" in kwargs:
+            kwargs.pop(
+                "n_ctx", None
+            )  # GPT-2's files carry both, and only `n_positions` sizes the model
+        if "drop_rate" in kwargs:
+            self.drop_rate = kwargs.pop("drop_rate")
+        defaults = self.default_config_fields()
+        named: dict[str, str] = {}
+        for alias in [name for name in kwargs if name in self.attribute_map]:
+            field, value = self.attribute_map[alias], kwargs.pop(alias)
+            current = getattr(self, field)
+            if current != value and (field in named or current != defaults.get(field)):
+                other = named.get(field, field)
+                raise ValueError(
+                    f"{alias}={value} and {other}={current} name the same field with different values; give one"
+                )
+            named[field] = alias
+            setattr(self, field, value)
+        return kwargs
+
+    def check(self) -> None:
+        """Raise a ValueError that names the first field outside its range, the limit and the remedy."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "intermediate_size", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive number")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} does not divide into num_attention_heads="
+                f"{self.num_attention_heads} heads of equal size; make one a multiple of the other"
+            )
+        if self.hidden_act not in GELU_FORMS:
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is not one of {', '.join(GELU_FORMS)}; choose one of these"
+            )
+        for name in (
+            "embedding_dropout",
+            "hidden_dropout",
+            "attention_dropout",
+            "classifier_dropout",
+        ):
+            probability = getattr(self, name)
+            if probability is not None and not 0 <= probability <= 1:
+                raise ValueError(
+                    f"{name}={probability} is no probability; give a number from 0 to 1"
+                )
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not above 0; give a small positive number"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head's queries, keys and values, D."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def drop_rate(self) -> float | int:
+        """The textbook's one dropout probability: reads the sub-layers', sets all three."""
+        return self.hidden_dropout
+
+    @drop_rate.setter
+    def drop_rate(self, probability: float | int) -> None:
+        self.embedding_dropout = self.hidden_dropout = self.attention_dropout = probability
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "ScratchGPTConfig":
+        """The configuration of a published size.
+
+        Args:
+            name: one of `PRESETS` or `PRESET_ALIASES`, such as "gpt2-medium", "355M" or "gpt3-175b".
+            overrides: fields to set otherwise, such as `qkv_bias=False`.
+
+        Raises:
+            ValueError: no preset has that name; the error lists the nearest ones.
+        """
+        known = {key.lower(): key for key in (*PRESETS, *PRESET_ALIASES)}
+        preset = known.get(name.lower())
+        if preset is None:
+            nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+            names = [known[key] for key in nearest] or list(PRESETS)
+            raise ValueError(f"no preset is called {name!r}; did you mean {' or '.join(names)}?")
+        return cls(**{**PRESETS[PRESET_ALIASES.get(preset, preset)], **overrides})
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a configuration file, ours or GPT-2's; return its fields and the unused `kwargs`."""
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type") == "gpt2":
+            fields = {**fields, "model_type": cls.model_type}
+            # GPT-2's files name no padding token, and then a batch cannot be generated from or classified.
+            if fields.get("pad_token_id") is None:
+                fields["pad_token_id"] = fields.get("eos_token_id", END_OF_TEXT_ID)
+        return fields, unused
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary of plain values."""
+        # PEFT asks for this dictionary just before it looks up which modules it adapts by default, so this
+        # is the one place that serves it whether it is imported before or after this package. Our modules
+        # carry Llama's names, and so Llama's defaults fit.
+        if (peft_tables := sys.modules.get("peft.utils.constants")) is not None:
+            for table_name, table in vars(peft_tables).items():
+                if table_name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
+                    table.setdefault(self.model_type, table["llama"])
+        return super().to_dict()
+
+
+ScratchGPTConfig.register_for_auto_class()

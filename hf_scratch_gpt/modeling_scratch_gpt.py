@@ -1,0 +1,354 @@
+"""The models: a stack of transformer blocks between two embeddings, and the heads that read its output."""
+
+# B batch, T query tokens, S key tokens, C hidden, V vocabulary, L labels
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
+from .configuration_scratch_gpt import ScratchGPTConfig
+
+
+class ScratchGPTPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of every model here: what it supports, how it starts, how it is saved."""
+
+    config: ScratchGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": MultiHeadAttention}
+    # Old GPT-2 files carry the causal mask as a buffer of each attention; the name is what the loading
+    # rules make of it.
+    _keys_to_ignore_on_load_unexpected = [r"self_attn\.(masked_)?bias$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Each block adds twice to the shortcut path; the smaller start keeps the sum's variance independent
+        # of depth (Radford et al. 2019, section 2.3).
+        if getattr(module, "is_residual_projection", False):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any
+    ) -> "ScratchGPTPreTrainedModel":
+        """Load a saved model or, converting it on the way, any GPT-2 checkpoint in transformers' format.
+
+        Raises:
+            ValueError: a GPT-2 checkpoint was to be split over devices, which needs a converted one.
+        """
+        splits = kwargs.get("distributed_config") or kwargs.get("tp_plan") or kwargs.get("tp_size")
+        if splits and not isinstance(kwargs.get("config"), PretrainedConfig):
+            fields, _ = PretrainedConfig.get_config_dict(
+                kwargs.get("config") or pretrained_model_name_or_path
+            )
+            if fields.get("model_type") == "gpt2":
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds query, key and value in one matrix, which cannot be "
+                    "split over devices as it is read; convert it first: load it in one process, call "
+                    "save_pretrained, and load what that wrote"
+                )
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.can_generate() and model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = model.config.pad_token_id
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model, its configuration and its code to `save_directory`, under our own tensor names."""
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class ScratchGPTModel(ScratchGPTPreTrainedModel):
+    """Token and position embedding, the transformer blocks, and a last LayerNorm."""
+
+    def __init__(self, config: ScratchGPTConfig) -> None:
+        super().__init__(config)
+        config.check()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(
+            [TransformerBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, config.fused_kernels)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Turn tokens into vectors that have seen the tokens before them.
+
+        Args:
+            input_ids: token ids, (B, T).
+            attention_mask: (B, S), 1 for tokens and 0 for padding, cached tokens included; or a mask as
+                transformers makes it for the attention implementation, (B, 1, T, S).
+            position_ids: (B, T) or (1, T), each token's position. Without them, positions count the
+                tokens that `attention_mask` shows. Counting anew within a row packs several texts into it.
+            past_key_values: keys and values of earlier tokens, extended in place.
+            inputs_embeds: (B, T, C), vectors to use in place of the token embedding's.
+            use_cache: return `past_key_values`.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`; the rest reaches the
+                attention function.
+
+        Returns:
+            `last_hidden_state` (B, T, C), and what was asked for besides.
+
+        Raises:
+            ValueError: a position is past the last one; both or neither of `input_ids` and
+                `inputs_embeds` are given; `attention_mask` is too short.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        inputs = inputs_embeds if input_ids is None else input_ids
+        first_layer = self._first_layer()
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first_layer)
+        total_length = past_length + inputs.shape[1]
+        self._check_length(total_length, attention_mask, position_ids)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            layer_idx=first_layer,
+        )
+        if position_ids is None:
+            steps = torch.arange(inputs.shape[1], device=inputs.device) + past_length
+            position_ids = self._positions_at(steps, attention_mask)  # (B or 1, T)
+
+        hidden_states = inputs_embeds
+        # A later stage of pipeline parallelism is handed hidden states that hold their positions already.
+        if first_layer == 0:
+            hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                causal_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+    def _first_layer(self) -> int:
+        """Index of the first block that this process holds; pipeline parallelism puts nn.Identity for others."""
+        own = (
+            index for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)
+        )
+        return next(own, 0)
+
+    def _check_length(
+        self,
+        total_length: int | torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> None:
+        """Raise a ValueError if a token would stand past the last position.
+
+        Lengths are compared where they decide, so that no value has to be fetched from a device. A trace
+        has no values to look at; `prepare_inputs_for_generation` looks for it.
+        """
+        limit = self.config.max_position_embeddings
+        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if position_ids is not None:
+            tokens = (
+                None
+                if is_tracing(position_ids) or not position_ids.numel()
+                else position_ids.max() + 1
+            )
+        elif isinstance(total_length, torch.Tensor) and is_tracing(total_length):
+            tokens = None
+        elif is_padding_mask and total_length > attention_mask.shape[1]:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns for {int(total_length)} tokens; give one "
+                "column for every token, cached ones included"
+            )
+        elif is_padding_mask and total_length > limit:
+            tokens = (
+                None
+                if is_tracing(attention_mask)
+                else attention_mask[:, :total_length].sum(-1).max()
+            )
+        else:
+            tokens = total_length
+        if tokens is not None and tokens > limit:
+            raise ValueError(
+                f"{int(tokens)} tokens exceed the model's {limit} positions; truncate the prompt or lower "
+                "max_new_tokens"
+            )
+
+    @staticmethod
+    def _positions_at(steps: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Positions of the tokens at columns `steps` (T,), counting those that a padding mask shows."""
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            return steps.unsqueeze(0)
+        positions = attention_mask.to(steps.device).long().cumsum(-1) - 1  # (B, S)
+        return positions.clamp(min=0).index_select(1, steps)
+
+
+class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
+    """The language model: for each token, a score for every token that may come next."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ScratchGPTConfig) -> None:
+        super().__init__(config)
+        self.model = ScratchGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Score the next tokens.
+
+        Args:
+            labels: (B, T), usually `input_ids`: token t is compared with label t + 1, the shift is done
+                here. -100 marks tokens that do not count.
+            logits_to_keep: how many of the last tokens to score, 0 for all, or which, as a tensor.
+            kwargs: `num_items_in_batch` divides the loss in place of the number of labels.
+
+            The others are those of `ScratchGPTModel.forward`.
+
+        Returns:
+            `logits` (B, T, V); with labels, `loss`, the mean negative log-likelihood in nats per token.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare one step of `generate`; a step past the last position raises a ValueError."""
+        position_ids = kwargs.get("position_ids")  # (B, S), one column for every token so far
+        if (
+            position_ids is not None
+            and position_ids.shape[-1] > self.config.max_position_embeddings
+        ):
+            self.model._check_length(position_ids.shape[-1], None, position_ids)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
+
+# The heads take their `forward` from transformers. Their `__init__` there builds the base model through
+# AutoModel, which does not know this class where the code was loaded from a model's own folder.
+
+
+class ScratchGPTForSequenceClassification(
+    GenericForSequenceClassification, ScratchGPTPreTrainedModel
+):
+    """One score for each label and text, (B, L), read from the text's last token."""
+
+    def __init__(self, config: ScratchGPTConfig) -> None:
+        ScratchGPTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ScratchGPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class ScratchGPTForTokenClassification(GenericForTokenClassification, ScratchGPTPreTrainedModel):
+    """One score for each label and token, (B, T, L)."""
+
+    def __init__(self, config: ScratchGPTConfig) -> None:
+        ScratchGPTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ScratchGPTModel(config)
+        given = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout if given is None else given)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class ScratchGPTForQuestionAnswering(GenericForQuestionAnswering, ScratchGPTPreTrainedModel):
+    """Two scores for each token, (B, T): that the answer starts there, that it ends there."""
+
+    def __init__(self, config: ScratchGPTConfig) -> None:
+        ScratchGPTPreTrainedModel.__init__(self, config)
+        self.model = ScratchGPTModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+ScratchGPTModel.register_for_auto_class("AutoModel")
+ScratchGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+ScratchGPTForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+ScratchGPTForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+ScratchGPTForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")

@@ -1,1 +1,1 @@
-"""Scripts that turn GPT-2 checkpoints into saved models; run them from a clone of the repository."""
+"""Scripts that turn GPT-2 checkpoints into saved models; run them from a clone."""

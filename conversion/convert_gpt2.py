@@ -1,7 +1,7 @@
 """Convert a GPT-2 to a saved model: `python -m conversion.convert_gpt2 SOURCE OUT`.
 
-SOURCE is a folder of OpenAI's release, or a GPT-2 in transformers' format: a folder or a hub id. OUT holds
-weights, configuration, code and tokenizer, and loads wherever transformers is installed.
+SOURCE is a folder of OpenAI's release, or a GPT-2 in transformers' format: a folder or a hub id.
+OUT holds weights, configuration, code and tokenizer, and loads wherever transformers is installed.
 """
 
 import argparse
@@ -20,7 +20,8 @@ def convert(
 ) -> ScratchGPTForCausalLM:
     """Convert `source` and save it in the folder `out`.
 
-    `out` appears all at once, when everything is written; a conversion that fails leaves it as it was.
+    `out` appears all at once, when everything is written; a conversion that fails leaves it as it
+    was.
 
     Args:
         source: a folder or hub id.

@@ -1,7 +1,7 @@
 """Read a folder of OpenAI's GPT-2 release.
 
-It holds `checkpoint`, `hparams.json`, `encoder.json`, `vocab.bpe` and a TensorFlow checkpoint with one
-variable a weight, `model/h0/attn/c_attn/w` and so on (github.com/openai/gpt-2, src/model.py).
+It holds `checkpoint`, `hparams.json`, `encoder.json`, `vocab.bpe` and a TensorFlow checkpoint with
+one variable a weight, `model/h0/attn/c_attn/w` and so on (github.com/openai/gpt-2, src/model.py).
 """
 
 import json
@@ -71,12 +71,12 @@ def _hf_name(name: str) -> str:
     match = re.fullmatch(r"model/(?:h(\d+)/)?(.+)", name)
     if match is None:
         raise ValueError(f"{name} is no variable of GPT-2; their names begin with model/")
-    layer, *parts = match[1], *match[2].split("/")
     leaves = {"w": "weight", "g": "weight", "b": "bias"}
-    parts = [*parts[:-1], leaves[parts[-1]]] if parts[-1] in leaves else [*parts, "weight"]
-    return ".".join(parts if layer is None else ["h", layer, *parts])
+    *modules, leaf = match[2].split("/")
+    parts = [*modules, leaves[leaf]] if leaf in leaves else [*modules, leaf, "weight"]
+    return ".".join(parts if match[1] is None else ["h", match[1], *parts])
 
 
 def _hf_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in transformers' shape: OpenAI's matrices are convolutions of width 1, (1, in, out)."""
+    """The tensor in transformers' shape; OpenAI's matrices are convolutions, (1, in, out)."""
     return tensor.squeeze(0) if name.endswith("/w") else tensor

@@ -12,8 +12,8 @@ class GPT2Source:
 
     Args:
         origin: the format, in words.
-        load_arguments: what `ScratchGPTForCausalLM.from_pretrained` loads it with: a folder or hub id, or
-            a configuration and a state dict under transformers' names for GPT-2.
+        load_arguments: what `ScratchGPTForCausalLM.from_pretrained` loads it with: a folder or hub
+            id, or a configuration and a state dict under transformers' names for GPT-2.
         tokenizer: its vocabulary, or None if it has none.
     """
 

@@ -1,9 +1,10 @@
 """Read a TensorFlow V2 checkpoint without TensorFlow.
 
-A checkpoint PREFIX is an index, `PREFIX.index`, and data shards, `PREFIX.data-00000-of-00001` and on. The
-index is a sorted string table in LevelDB's format (leveldb/doc/table_format.md): blocks of keys and values,
-each key sharing a prefix with the one before it. A value is a protocol buffer, BundleEntryProto
-(tensorflow/core/protobuf/tensor_bundle.proto), that says where a tensor's bytes lie.
+A checkpoint PREFIX is an index, `PREFIX.index`, and data shards, `PREFIX.data-00000-of-00001` and
+on. The index is a sorted string table in LevelDB's format (leveldb/doc/table_format.md): blocks of
+keys and values, each key sharing a prefix with the one before it. A value is a protocol buffer,
+BundleEntryProto (tensorflow/core/protobuf/tensor_bundle.proto), that says where a tensor's bytes
+lie.
 """
 
 import mmap
@@ -38,7 +39,8 @@ class TensorBundle:
         prefix: the path of the files without `.index`.
 
     Raises:
-        ValueError: a file is damaged, cut short, or no TensorFlow V2 checkpoint; names file and tensor.
+        ValueError: a file is damaged, cut short, or no TensorFlow V2 checkpoint; names file and
+            tensor.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -112,7 +114,7 @@ class TensorBundle:
 
 
 def _masked_crc(data: memoryview | bytes) -> int:
-    """CRC-32C, rotated and shifted as LevelDB stores it, so that a checksum of checksums stays useful."""
+    """CRC-32C, rotated and shifted as LevelDB stores it."""
     crc = int(google_crc32c.value(bytes(data)))
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 

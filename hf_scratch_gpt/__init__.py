@@ -1,7 +1,7 @@
 """A GPT written from scratch that transformers takes for its own and that runs GPT-2's weights.
 
-Importing this package registers its classes with transformers, so that `AutoModelForCausalLM` and the
-others find them.
+Importing this package registers its classes with transformers, so that `AutoModelForCausalLM` and
+the others find them.
 """
 
 from transformers import (

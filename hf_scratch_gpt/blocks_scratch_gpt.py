@@ -1,7 +1,7 @@
 """The parts of a GPT, in the order in which data flows through one transformer block.
 
-Each block writes its mathematics out. Where torch has a fused kernel for the same formula, the kernel
-stands beside it: `config.fused_kernels` chooses for LayerNorm and GELU, transformers'
+Each block writes its mathematics out. Where torch has a fused kernel for the same formula, the
+kernel stands beside it: `config.fused_kernels` chooses for LayerNorm and GELU, transformers'
 `attn_implementation` for attention. Both paths give the same numbers.
 """
 
@@ -23,8 +23,8 @@ from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
 class LayerNorm(nn.Module):
     """Give each token's vector mean 0 and variance 1, then scale and shift it by learned weights.
 
-    y = weight * (x - mean) / sqrt(variance + eps) + bias (Ba et al. 2016, equations 3 and 4), with the
-    biased variance: the squares are divided by C, not by C - 1.
+    y = weight * (x - mean) / sqrt(variance + eps) + bias (Ba et al. 2016, equations 3 and 4), with
+    the biased variance: the squares are divided by C, not by C - 1.
 
     Args:
         hidden_size: C, the length of the vectors.
@@ -53,9 +53,10 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """The Gaussian error linear unit x * Phi(x), Phi the normal distribution (Hendrycks & Gimpel 2016).
+    """The Gaussian error linear unit, x * Phi(x) with the normal distribution Phi.
 
-    GPT-2 uses the approximation 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) of their section 2.
+    GPT-2 uses the approximation 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), section 2 of
+    Hendrycks & Gimpel 2016.
 
     Args:
         form: "tanh" for the approximation, "none" for the exact function.
@@ -84,10 +85,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ScratchGPTConfig) -> None:
         super().__init__()
+        assert config.intermediate_size is not None, "the configuration derives it"
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = GELU(GELU_FORMS[config.hidden_act], config.fused_kernels)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.down_proj.is_residual_projection = True
+        self.down_proj.is_residual_projection = True  # type: ignore[assignment]  # a plain flag
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -115,8 +117,9 @@ def masked_attention(
         query: what each token looks for, (B, H, T, D).
         key: what each token offers, (B, H, S, D).
         value: what each token tells, (B, H, S, D).
-        attention_mask: (B, 1, T, S), 0 where a token may look and a very negative number where it may not.
-            Without one, the last of the T tokens sees all S, the one before it all but the last, and so on.
+        attention_mask: (B, 1, T, S), 0 where a token may look and a very negative number where it
+            may not. Without one, the last of the T tokens sees all S, the one before it all but the
+            last, and so on.
         scaling: what scores are multiplied by, one over the square root of D.
         dropout: probability of dropping a weight.
         is_causal: False lets every token see all S where there is no mask; None asks `module`.
@@ -129,9 +132,8 @@ def masked_attention(
         scores = scores + attention_mask
     elif module.is_causal if is_causal is None else is_causal:
         tokens, keys = scores.shape[-2:]
-        is_future = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device).triu(
-            keys - tokens + 1
-        )
+        is_future = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device)
+        is_future = is_future.triu(keys - tokens + 1)
         # Not minus infinity: a row in which everything is masked would become NaN.
         scores = scores.masked_fill(is_future, torch.finfo(scores.dtype).min)
     # Half precision has too few digits to sum a thousand weights.
@@ -143,10 +145,10 @@ def masked_attention(
 
 
 class MultiHeadAttention(nn.Module):
-    """Let each token gather from those before it, in several heads at once (Vaswani et al. 2017, section 3.2).
+    """Let each token gather from those before it, in several heads at once.
 
-    Query, key and value are projected by three matrices, not by one fused, so that tensor parallelism can
-    give each device whole heads.
+    The heads are those of Vaswani et al. 2017, section 3.2. Query, key and value are projected by
+    three matrices, not by one fused, so that tensor parallelism can give each device whole heads.
     """
 
     is_causal = True
@@ -165,7 +167,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj.is_residual_projection = True
+        self.o_proj.is_residual_projection = True  # type: ignore[assignment]  # a plain flag
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -179,13 +181,14 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             hidden_states: (B, T, C).
-            attention_mask: as transformers makes it for the attention implementation; None for a plain
-                causal mask.
+            attention_mask: as transformers makes it for the attention implementation; None for a
+                plain causal mask.
             past_key_values: keys and values of earlier tokens; this block's are added to it.
             kwargs: passed on to the attention function; continuous batching needs them there.
 
         Returns:
-            (B, T, C), and the attention weights (B, H, T, S) where the implementation computes them.
+            (B, T, C), and the attention weights (B, H, T, S) where the implementation computes
+            them.
         """
         tokens_by_heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(tokens_by_heads).transpose(1, 2)  # (B, H, T, D)
@@ -215,8 +218,8 @@ class MultiHeadAttention(nn.Module):
 class TransformerBlock(GradientCheckpointingLayer):
     """Attention, then feed-forward, each on normalised input and added to what came in.
 
-    The additions are the shortcut connections; normalising before a sub-layer rather than after it is
-    GPT-2's change to the original transformer (Radford et al. 2019, section 2.3).
+    The additions are the shortcut connections; normalising before a sub-layer rather than after it
+    is GPT-2's change to the original transformer (Radford et al. 2019, section 2.3).
     """
 
     def __init__(self, config: ScratchGPTConfig, layer_idx: int) -> None:
@@ -233,7 +236,7 @@ class TransformerBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """Map `hidden_states` (B, T, C) to (B, T, C); the other arguments are those of the attention."""
+        """Map `hidden_states` (B, T, C) to (B, T, C); the rest goes to the attention."""
         shortcut = hidden_states
         gathered, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, **kwargs)
         hidden_states = shortcut + gathered

@@ -1,4 +1,4 @@
-"""The configuration: one set of names, the published sizes, and how the model splits over devices."""
+"""The configuration: one set of names, the published sizes, how the model splits over devices."""
 
 import difflib
 import sys
@@ -11,10 +11,10 @@ from transformers import PretrainedConfig
 END_OF_TEXT_ID = 50256
 
 # GPT-2 (Radford et al. 2019, table 2, with the parameter counts that OpenAI published later).
-# GPT-3 (Brown et al. 2020, table 2.1), with dense attention in every layer, where the paper alternates
-# dense and banded ones. Two of its rows do not multiply out, and the head size of 128 decides them:
-# XL gives 24 heads for a width of 2048 (24 * 128 = 3072), here 16; 13B gives a width of 5140 for 40 heads
-# (40 * 128 = 5120), here 5120.
+# GPT-3 (Brown et al. 2020, table 2.1), with dense attention in every layer, where the paper
+# alternates dense and banded ones. Two of its rows do not multiply out, and the head size of 128
+# decides them: XL gives 24 heads for a width of 2048 (24 * 128 = 3072), here 16; 13B gives a width
+# of 5140 for 40 heads (40 * 128 = 5120), here 5120.
 _GPT3 = {"max_position_embeddings": 2048}
 PRESETS: dict[str, dict[str, int]] = {
     "gpt2": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
@@ -57,13 +57,11 @@ _IGNORED_GPT2_FIELDS = (
 )
 
 # Where each Auto class finds its class among the files that are saved with a model.
+_TASKS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 _AUTO_MAP = {
     "AutoConfig": "configuration_scratch_gpt.ScratchGPTConfig",
     "AutoModel": "modeling_scratch_gpt.ScratchGPTModel",
-    "AutoModelForCausalLM": "modeling_scratch_gpt.ScratchGPTForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_scratch_gpt.ScratchGPTForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_scratch_gpt.ScratchGPTForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_scratch_gpt.ScratchGPTForQuestionAnswering",
+    **{f"AutoModelFor{task}": f"modeling_scratch_gpt.ScratchGPTFor{task}" for task in _TASKS},
 }
 
 
@@ -71,9 +69,9 @@ _AUTO_MAP = {
 class ScratchGPTConfig(PretrainedConfig):
     """Sizes and switches of a GPT. The defaults are GPT-2 with 124M parameters.
 
-    Arguments go by transformers' standard names. GPT-2's own (`n_embd`, `n_layer`, `n_head`, `n_positions`,
-    `n_ctx`, `n_inner`, `resid_pdrop`, ...) and the textbook's (`emb_dim`, `n_layers`, `n_heads`,
-    `context_length`, `drop_rate`) are accepted for the same fields.
+    Arguments go by transformers' standard names. GPT-2's own (`n_embd`, `n_layer`, `n_head`,
+    `n_positions`, `n_ctx`, `n_inner`, `resid_pdrop`, ...) and the textbook's (`emb_dim`,
+    `n_layers`, `n_heads`, `context_length`, `drop_rate`) are accepted for the same fields.
 
     Args:
         vocab_size: number of token ids, V.
@@ -82,20 +80,23 @@ class ScratchGPTConfig(PretrainedConfig):
         num_attention_heads: heads a block attends with, H; divides `hidden_size`.
         intermediate_size: width inside the feed-forward network; 4 * `hidden_size` if not given.
         max_position_embeddings: positions the model knows, the longest text in tokens.
-        hidden_act: "gelu_new" or "gelu_pytorch_tanh" (GPT-2's tanh form), or "gelu" (the exact form).
+        hidden_act: "gelu_new" or "gelu_pytorch_tanh" (GPT-2's tanh form), or "gelu" (the exact
+            form).
         qkv_bias: whether the query, key and value projections add a bias.
         tie_word_embeddings: whether the output head shares the token embedding's weights.
         scale_attn_weights: whether scores are divided by the square root of the head size.
         scale_attn_by_inverse_layer_idx: whether layer i's scores are divided by i + 1 as well.
-        fused_kernels: compute LayerNorm and GELU by torch's fused kernels (True) or written out (False).
-            Attention is chosen by transformers' `attn_implementation`.
+        fused_kernels: compute LayerNorm and GELU by torch's fused kernels (True) or written out
+            (False). Attention is chosen by transformers' `attn_implementation`.
         layer_norm_eps: added to the variance in LayerNorm.
-        embedding_dropout, hidden_dropout, attention_dropout: probability of dropping an embedding, a
-            sub-layer's output, an attention weight, in training.
-        classifier_dropout: the same before the token-classification head; `hidden_dropout` if not given.
+        embedding_dropout, hidden_dropout, attention_dropout: probability of dropping an embedding,
+            a sub-layer's output, an attention weight, in training.
+        classifier_dropout: the same before the token-classification head; `hidden_dropout` if not
+            given.
         initializer_range: standard deviation of the initial weights.
         use_cache: return keys and values for the next step by default.
-        bos_token_id, eos_token_id, pad_token_id: the end-of-text token, if the vocabulary is large enough.
+        bos_token_id, eos_token_id, pad_token_id: the end-of-text token, if the vocabulary is large
+            enough.
 
     Raises:
         ValueError: a value is out of its range, or two names for one field disagree.
@@ -129,7 +130,8 @@ class ScratchGPTConfig(PretrainedConfig):
         "context_length": "max_position_embeddings",
     }
 
-    # The columns of a head stay together: a device holds whole heads, and one sum a sub-layer joins them.
+    # The columns of a head stay together: a device holds whole heads, and one sum a sub-layer joins
+    # them.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -171,8 +173,8 @@ class ScratchGPTConfig(PretrainedConfig):
         kwargs = self._take_aliases(kwargs)
         if kwargs.pop("add_cross_attention", False):
             raise ValueError(
-                "add_cross_attention=True asks for an encoder-decoder; this model has a decoder only: "
-                "drop the field, or use transformers' GPT2Model"
+                "add_cross_attention=True asks for an encoder-decoder, and this model is a decoder "
+                "only; drop the field, or use transformers' GPT2Model"
             )
         for name in ("model_type", *_IGNORED_GPT2_FIELDS):
             kwargs.pop(name, None)
@@ -203,14 +205,15 @@ class ScratchGPTConfig(PretrainedConfig):
             if current != value and (field in named or current != defaults.get(field)):
                 other = named.get(field, field)
                 raise ValueError(
-                    f"{alias}={value} and {other}={current} name the same field with different values; give one"
+                    f"{alias}={value} and {other}={current} name the same field with different "
+                    "values; give one of them"
                 )
             named[field] = alias
             setattr(self, field, value)
         return kwargs
 
     def check(self) -> None:
-        """Raise a ValueError that names the first field outside its range, the limit and the remedy."""
+        """Raise a ValueError that names a field outside its range, the limit and the remedy."""
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         for name in (*sizes, "intermediate_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
@@ -222,7 +225,8 @@ class ScratchGPTConfig(PretrainedConfig):
             )
         if self.hidden_act not in GELU_FORMS:
             raise ValueError(
-                f"hidden_act={self.hidden_act!r} is not one of {', '.join(GELU_FORMS)}; choose one of these"
+                f"hidden_act={self.hidden_act!r} is not supported; choose one of "
+                f"{', '.join(GELU_FORMS)}"
             )
         for name in (
             "embedding_dropout",
@@ -260,7 +264,8 @@ class ScratchGPTConfig(PretrainedConfig):
         """The configuration of a published size.
 
         Args:
-            name: one of `PRESETS` or `PRESET_ALIASES`, such as "gpt2-medium", "355M" or "gpt3-175b".
+            name: one of `PRESETS` or `PRESET_ALIASES`, such as "gpt2-medium", "355M" or
+                "gpt3-175b".
             overrides: fields to set otherwise, such as `qkv_bias=False`.
 
         Raises:
@@ -282,16 +287,17 @@ class ScratchGPTConfig(PretrainedConfig):
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if fields.get("model_type") == "gpt2":
             fields = {**fields, "model_type": cls.model_type}
-            # GPT-2's files name no padding token, and then a batch cannot be generated from or classified.
+            # GPT-2's files name no padding token, and then a batch cannot be generated from or
+            # classified.
             if fields.get("pad_token_id") is None:
                 fields["pad_token_id"] = fields.get("eos_token_id", END_OF_TEXT_ID)
         return fields, unused
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary of plain values."""
-        # PEFT asks for this dictionary just before it looks up which modules it adapts by default, so this
-        # is the one place that serves it whether it is imported before or after this package. Our modules
-        # carry Llama's names, and so Llama's defaults fit.
+        # PEFT asks for this dictionary just before it looks up which modules it adapts by default,
+        # so this is the one place that serves it whether it is imported before or after this
+        # package. Our modules carry Llama's names, and so Llama's defaults fit.
         if (peft_tables := sys.modules.get("peft.utils.constants")) is not None:
             for table_name, table in vars(peft_tables).items():
                 if table_name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:

@@ -1,8 +1,8 @@
 """The one table of rules between the names and layouts of GPT-2 checkpoints and ours.
 
-`from_pretrained` applies it to every GPT-2 checkpoint in transformers' format, and conversion to OpenAI's
-release, once its tensors go by transformers' names. A rule that matches nothing does nothing, so our own
-checkpoints load untouched.
+`from_pretrained` applies it to every GPT-2 checkpoint in transformers' format, and conversion to
+OpenAI's release, once its tensors go by transformers' names. A rule that matches nothing does
+nothing, so our own checkpoints load untouched.
 """
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -47,7 +47,8 @@ TOKEN_CLASSIFICATION_RULES = [_rename(r"^classifier\.", "score.")]
 
 def register_gpt2_rules() -> None:
     """Let `from_pretrained` of every model here read GPT-2 checkpoints."""
-    # By class name: while a GPT-2 checkpoint loads, transformers still looks up its model type, "gpt2".
+    # By class name: while a GPT-2 checkpoint loads, transformers still looks up its model type,
+    # "gpt2".
     register_checkpoint_conversion_mapping("ScratchGPTModel", BASE_MODEL_RULES, overwrite=True)
     register_checkpoint_conversion_mapping(
         "ScratchGPTForTokenClassification", TOKEN_CLASSIFICATION_RULES, overwrite=True

@@ -1,9 +1,9 @@
-"""The models: a stack of transformer blocks between two embeddings, and the heads that read its output."""
+"""The models: transformer blocks between embeddings and a last norm, and heads that read them."""
 
 # B batch, T query tokens, S key tokens, C hidden, V vocabulary, L labels
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from .configuration_scratch_gpt import ScratchGPTConfig
 
 
 class ScratchGPTPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of every model here: what it supports, how it starts, how it is saved."""
+    """What transformers needs to know of every model here: what it can do, how it starts."""
 
     config: ScratchGPTConfig
     base_model_prefix = "model"
@@ -40,15 +40,19 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": MultiHeadAttention}
-    # Old GPT-2 files carry the causal mask as a buffer of each attention; the name is what the loading
-    # rules make of it.
+    # Old GPT-2 files carry the causal mask as a buffer of each attention; the name is what the
+    # loading rules make of it.
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.(masked_)?bias$"]
+
+    def __init__(self, config: ScratchGPTConfig) -> None:
+        super().__init__(config)
+        config.check()  # fields may have been set since it was made
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # Each block adds twice to the shortcut path; the smaller start keeps the sum's variance independent
-        # of depth (Radford et al. 2019, section 2.3).
+        # Each block adds twice to the shortcut path; the smaller start keeps the sum's variance
+        # independent of depth (Radford et al. 2019, section 2.3).
         if getattr(module, "is_residual_projection", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -57,10 +61,11 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any
     ) -> "ScratchGPTPreTrainedModel":
-        """Load a saved model or, converting it on the way, any GPT-2 checkpoint in transformers' format.
+        """Load a saved model, or convert a GPT-2 in transformers' format while loading it.
 
         Raises:
-            ValueError: a GPT-2 checkpoint was to be split over devices, which needs a converted one.
+            ValueError: a GPT-2 checkpoint was to be split over devices, which needs a converted
+                one.
         """
         splits = kwargs.get("distributed_config") or kwargs.get("tp_plan") or kwargs.get("tp_size")
         if splits and not isinstance(kwargs.get("config"), PretrainedConfig):
@@ -69,9 +74,9 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
             )
             if fields.get("model_type") == "gpt2":
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds query, key and value in one matrix, which cannot be "
-                    "split over devices as it is read; convert it first: load it in one process, call "
-                    "save_pretrained, and load what that wrote"
+                    f"{pretrained_model_name_or_path} is a GPT-2 checkpoint: it holds query, key "
+                    "and value in one matrix, which cannot be split over devices while it is read. "
+                    "Load it in one process, call save_pretrained, and load what that wrote"
                 )
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -80,7 +85,7 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the model, its configuration and its code to `save_directory`, under our own tensor names."""
+        """Save model, configuration and code to `save_directory`, under our own tensor names."""
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -90,7 +95,6 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
 
     def __init__(self, config: ScratchGPTConfig) -> None:
         super().__init__(config)
-        config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
@@ -105,9 +109,9 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -117,10 +121,11 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
 
         Args:
             input_ids: token ids, (B, T).
-            attention_mask: (B, S), 1 for tokens and 0 for padding, cached tokens included; or a mask as
-                transformers makes it for the attention implementation, (B, 1, T, S).
+            attention_mask: (B, S), 1 for tokens and 0 for padding, cached tokens included; or a
+                mask as transformers makes it for the attention implementation, (B, 1, T, S).
             position_ids: (B, T) or (1, T), each token's position. Without them, positions count the
-                tokens that `attention_mask` shows. Counting anew within a row packs several texts into it.
+                tokens that `attention_mask` shows. Counting anew within a row packs several texts
+                into it.
             past_key_values: keys and values of earlier tokens, extended in place.
             inputs_embeds: (B, T, C), vectors to use in place of the token embedding's.
             use_cache: return `past_key_values`.
@@ -134,16 +139,16 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             ValueError: a position is past the last one; both or neither of `input_ids` and
                 `inputs_embeds` are given; `attention_mask` is too short.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-
-        inputs = inputs_embeds if input_ids is None else input_ids
         first_layer = self._first_layer()
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first_layer)
-        total_length = past_length + inputs.shape[1]
-        self._check_length(total_length, attention_mask, position_ids)
+        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        padding_mask = attention_mask if is_padding_mask else None
+        self._check_length(inputs, past_key_values, past_length, padding_mask, position_ids)
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
@@ -157,10 +162,11 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         )
         if position_ids is None:
             steps = torch.arange(inputs.shape[1], device=inputs.device) + past_length
-            position_ids = self._positions_at(steps, attention_mask)  # (B or 1, T)
+            position_ids = self._positions_at(steps, padding_mask)  # (B or 1, T)
 
         hidden_states = inputs_embeds
-        # A later stage of pipeline parallelism is handed hidden states that hold their positions already.
+        # A later stage of pipeline parallelism is handed hidden states that hold their positions
+        # already.
         if first_layer == 0:
             hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
         for layer in self.layers:
@@ -177,59 +183,60 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         )
 
     def _first_layer(self) -> int:
-        """Index of the first block that this process holds; pipeline parallelism puts nn.Identity for others."""
-        own = (
-            index for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)
-        )
-        return next(own, 0)
+        """Index of the first block that this process holds.
+
+        Pipeline parallelism puts an nn.Identity where another process holds the block.
+        """
+        held = (i for i, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity))
+        return next(held, 0)
 
     def _check_length(
         self,
-        total_length: int | torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        inputs: torch.Tensor,
+        past_key_values: Cache | None,
+        past_length: int | torch.Tensor,
+        padding_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> None:
         """Raise a ValueError if a token would stand past the last position.
 
-        Lengths are compared where they decide, so that no value has to be fetched from a device. A trace
-        has no values to look at; `prepare_inputs_for_generation` looks for it.
+        A GPU's kernel would take the process down with it, and so would compiled code on a CPU.
         """
         limit = self.config.max_position_embeddings
-        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-        if position_ids is not None:
-            tokens = (
-                None
-                if is_tracing(position_ids) or not position_ids.numel()
-                else position_ids.max() + 1
-            )
-        elif isinstance(total_length, torch.Tensor) and is_tracing(total_length):
-            tokens = None
-        elif is_padding_mask and total_length > attention_mask.shape[1]:
+        total_length = past_length + inputs.shape[1]
+        if is_tracing(inputs):
+            # A trace knows sizes, but no values: neither positions nor how full a static cache is.
+            if isinstance(past_length, torch.Tensor) and past_key_values is not None:
+                total_length = past_key_values.get_max_length()
+            elif position_ids is not None:
+                return
+        elif position_ids is not None:
+            total_length = position_ids.max() + 1 if position_ids.numel() else 0
+        elif padding_mask is not None and total_length > padding_mask.shape[1]:
             raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns for {int(total_length)} tokens; give one "
-                "column for every token, cached ones included"
+                f"attention_mask has {padding_mask.shape[1]} columns for {int(total_length)} "
+                "tokens; give one column for every token, cached ones included"
             )
-        elif is_padding_mask and total_length > limit:
-            tokens = (
-                None
-                if is_tracing(attention_mask)
-                else attention_mask[:, :total_length].sum(-1).max()
-            )
-        else:
-            tokens = total_length
-        if tokens is not None and tokens > limit:
-            raise ValueError(
-                f"{int(tokens)} tokens exceed the model's {limit} positions; truncate the prompt or lower "
-                "max_new_tokens"
-            )
+        elif padding_mask is not None and total_length > limit:
+            total_length = padding_mask.sum(-1).max()
+        if total_length > limit:
+            raise_past_limit(total_length, limit)
 
     @staticmethod
-    def _positions_at(steps: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Positions of the tokens at columns `steps` (T,), counting those that a padding mask shows."""
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+    def _positions_at(steps: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        """Positions of the tokens at columns `steps` (T,), padding not counted; (B or 1, T)."""
+        if padding_mask is None:
             return steps.unsqueeze(0)
-        positions = attention_mask.to(steps.device).long().cumsum(-1) - 1  # (B, S)
+        positions = padding_mask.to(steps.device).long().cumsum(-1) - 1  # (B, S)
         return positions.clamp(min=0).index_select(1, steps)
+
+
+def raise_past_limit(tokens: int | torch.Tensor, limit: int) -> NoReturn:
+    """Raise the ValueError for `tokens` tokens where the model has `limit` positions."""
+    raise ValueError(
+        f"{int(tokens)} tokens exceed the model's {limit} positions; truncate the prompt or lower "
+        "max_new_tokens"
+    )
 
 
 class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
@@ -249,12 +256,12 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -262,15 +269,16 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         """Score the next tokens.
 
         Args:
-            labels: (B, T), usually `input_ids`: token t is compared with label t + 1, the shift is done
-                here. -100 marks tokens that do not count.
+            labels: (B, T), usually `input_ids`: token t is compared with label t + 1, the shift is
+                done here. -100 marks tokens that do not count.
             logits_to_keep: how many of the last tokens to score, 0 for all, or which, as a tensor.
             kwargs: `num_items_in_batch` divides the loss in place of the number of labels.
 
             The others are those of `ScratchGPTModel.forward`.
 
         Returns:
-            `logits` (B, T, V); with labels, `loss`, the mean negative log-likelihood in nats per token.
+            `logits` (B, T, V); with labels, `loss`, the mean negative log-likelihood in nats per
+            token.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -298,17 +306,19 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare one step of `generate`; a step past the last position raises a ValueError."""
-        position_ids = kwargs.get("position_ids")  # (B, S), one column for every token so far
-        if (
-            position_ids is not None
-            and position_ids.shape[-1] > self.config.max_position_embeddings
-        ):
-            self.model._check_length(position_ids.shape[-1], None, position_ids)
+        limit = self.config.max_position_embeddings
+        position_ids = kwargs.get("position_ids")  # (B, S), a column for every token so far
+        # Here, because a compiled step cannot look; by length first, as values may lie on a GPU.
+        if position_ids is not None and position_ids.shape[-1] > limit:
+            last_position = position_ids.max()
+            if last_position >= limit:
+                raise_past_limit(last_position + 1, limit)
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
 
-# The heads take their `forward` from transformers. Their `__init__` there builds the base model through
-# AutoModel, which does not know this class where the code was loaded from a model's own folder.
+# The heads take their `forward` from transformers. Their `__init__` there builds the base model
+# through AutoModel, which does not know this class where the code was loaded from a model's own
+# folder.
 
 
 class ScratchGPTForSequenceClassification(

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
-# GPT-2's split of a text into words, numbers, punctuation and white space, which BPE never merges across.
-# It is the pattern of OpenAI's `encoder.py` with possessive quantifiers, which match the same faster.
+# GPT-2's split of a text into words, numbers, punctuation and white space, which BPE never merges
+# across. It is the pattern of OpenAI's `encoder.py` with possessive quantifiers, which match the
+# same faster.
 SPLIT_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
@@ -19,8 +20,8 @@ SPLIT_PATTERN = (
 def byte_to_unicode() -> dict[int, str]:
     """The printable character by which vocabulary files write each byte.
 
-    Bytes that are printable in Latin-1 stand for themselves; the others take the characters from U+0100 on
-    (`bytes_to_unicode` in OpenAI's GPT-2 release).
+    Bytes that are printable in Latin-1 stand for themselves; the others take the characters from
+    U+0100 on (`bytes_to_unicode` in OpenAI's GPT-2 release).
     """
     printable = [
         *range(ord("!"), ord("~") + 1),

@@ -1,0 +1,66 @@
+"""What every test shares: no network, no warning that nobody expects, tiny models."""
+
+import logging
+import os
+import tempfile
+
+# Before transformers reads them: code copied from saved models goes to a folder of this run.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_scratch_gpt-tests-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from hf_scratch_gpt import ScratchGPTForCausalLM
+
+from .models import random_gpt2, random_model
+
+transformers_logging.disable_progress_bar()
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logged_warnings(request):
+    """What is logged as a warning or worse; unless a test asks for this list, it has to stay empty."""
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("transformers", "hf_scratch_gpt")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)
+    asks_for_them = "logged_warnings" in request.function.__code__.co_varnames
+    assert asks_for_them or not records, records
+
+
+@pytest.fixture(scope="session")
+def openai_tiny() -> Path:
+    """A release in OpenAI's layout, with the logits that OpenAI's code computes on it."""
+    return FIXTURES / "openai-tiny"
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory) -> Path:
+    """A tiny random GPT-2, saved by transformers; eleven layers, as h.10 sorts before h.2."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    random_gpt2(n_layer=11).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory) -> Path:
+    """A tiny random model of ours, saved."""
+    folder = tmp_path_factory.mktemp("saved")
+    random_model(ScratchGPTForCausalLM).save_pretrained(folder)
+    return folder

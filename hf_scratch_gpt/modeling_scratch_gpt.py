@@ -304,16 +304,31 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Prepare one step of `generate`; a step past the last position raises a ValueError."""
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        *args: Any,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare one step of `generate`; a step past the last position raises a ValueError.
+
+        Args:
+            position_ids: (B, S), a position for every token so far.
+            inputs_embeds: (B, T, C), the prompt, if it was given so; `generate` looks for this name.
+
+            The others are those of `GenerationMixin.prepare_inputs_for_generation`.
+        """
         limit = self.config.max_position_embeddings
-        position_ids = kwargs.get("position_ids")  # (B, S), a column for every token so far
         # Here, because a compiled step cannot look; by length first, as values may lie on a GPU.
         if position_ids is not None and position_ids.shape[-1] > limit:
             last_position = position_ids.max()
             if last_position >= limit:
                 raise_past_limit(last_position + 1, limit)
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, *args, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
 
 
 # The heads take their `forward` from transformers. Their `__init__` there builds the base model

@@ -1,5 +1,6 @@
 """What every test shares: no network, no warning that nobody expects, tiny models."""
 
+import inspect
 import logging
 import os
 import tempfile
@@ -40,8 +41,8 @@ def logged_warnings(request):
     yield records
     for logger in loggers:
         logger.removeHandler(handler)
-    asks_for_them = "logged_warnings" in request.function.__code__.co_varnames
-    assert asks_for_them or not records, records
+    expected = "logged_warnings" in inspect.signature(request.function).parameters
+    assert expected or not records, records
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def main() -> None:
         model.save_pretrained(folder / "again")
     dist.barrier()
     dist.destroy_process_group()
-    print(f"rank {sys.argv[1]} agrees")
+    print(f"{kind} agrees")
 
 
 if __name__ == "__main__":

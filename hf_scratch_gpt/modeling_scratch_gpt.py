@@ -316,7 +316,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 
         Args:
             position_ids: (B, S), a position for every token so far.
-            inputs_embeds: (B, T, C), the prompt, if it was given so; `generate` looks for this name.
+            inputs_embeds: (B, T, C), the prompt, if given so; `generate` looks for this name.
 
             The others are those of `GenerationMixin.prepare_inputs_for_generation`.
         """

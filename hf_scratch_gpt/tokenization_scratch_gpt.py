@@ -55,8 +55,8 @@ class ScratchGPTTokenizer(PreTrainedTokenizer):
 
     def __init__(
         self,
-        vocab_file: str,
-        merges_file: str,
+        vocab_file: str | None = None,
+        merges_file: str | None = None,
         errors: str = "replace",
         bos_token: str = END_OF_TEXT,
         eos_token: str = END_OF_TEXT,
@@ -64,6 +64,8 @@ class ScratchGPTTokenizer(PreTrainedTokenizer):
         unk_token: str = END_OF_TEXT,
         **kwargs: Any,
     ) -> None:
+        if vocab_file is None or merges_file is None:
+            raise FileNotFoundError("the vocabulary takes two files, vocab.json and merges.txt")
         with open(vocab_file, encoding="utf-8") as file:
             self.encoder: dict[str, int] = json.load(file)
         with open(merges_file, encoding="utf-8") as file:
@@ -100,7 +102,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizer):
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return [self.decoder[token_id] for token_id in self.tiktoken.encode_ordinary(text)]
 
-    def _convert_token_to_id(self, token: str) -> int:
+    def _convert_token_to_id(self, token: str) -> int | None:
         return self.encoder.get(token, self.encoder.get(str(self.unk_token)))
 
     def _convert_id_to_token(self, index: int) -> str:

@@ -31,7 +31,7 @@ def _reproducible():
 
 @pytest.fixture(autouse=True)
 def logged_warnings(request):
-    """What is logged as a warning or worse; unless a test asks for this list, it has to stay empty."""
+    """What is logged as a warning or worse; it stays empty unless a test asks for this list."""
     records: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: records.append(record.getMessage())

@@ -40,9 +40,7 @@ def test_layer_norm_equals_torchs(fused):
 def test_gelu_follows_its_formulas(fused):
     xs = [-4.0, -1.0, -0.1, 0.0, 0.3, 1.0, 5.0]
     exact = [x * 0.5 * math.erfc(-x / math.sqrt(2)) for x in xs]
-    tanh = [
-        0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) for x in xs
-    ]
+    tanh = [0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) for x in xs]
     x = torch.tensor(xs)
     torch.testing.assert_close(GELU("none", fused)(x), torch.tensor(exact), **EXACT)
     torch.testing.assert_close(GELU("tanh", fused)(x), torch.tensor(tanh), **EXACT)

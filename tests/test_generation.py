@@ -95,15 +95,15 @@ def test_continuous_batching_equals_gpt2s_and_single_prompts(gpt2_folder, implem
     for model_class in (GPT2LMHeadModel, ScratchGPTForCausalLM):
         model = model_class.from_pretrained(gpt2_folder, attn_implementation=implementation)
         answers = model.generate_batch(prompts, generation_config=config, progress_bar=False)
-        by_prompt = {tuple(answer.prompt_ids): answer.generated_tokens for answer in answers.values()}
+        by_prompt = {
+            tuple(answer.prompt_ids): answer.generated_tokens for answer in answers.values()
+        }
         results.append([by_prompt[tuple(prompt)] for prompt in prompts])
         model.set_attn_implementation(implementation)
     assert results[0] == results[1]
     for prompt, answer in zip(prompts, results[1], strict=True):
         ids = torch.tensor([prompt])
-        alone = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=config
-        )
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         assert alone[0, len(prompt) :].tolist() == answer
 
 
@@ -134,9 +134,7 @@ def test_compiled_forward_equals_eager(pair):
     torch._dynamo.reset()
     ids = random_ids(2, 12)
     compiled = torch.compile(pair[1], fullgraph=True)
-    torch.testing.assert_close(
-        compiled(ids).logits, pair[1](ids).logits, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(compiled(ids).logits, pair[1](ids).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -29,15 +29,13 @@ def reference(gpt2_folder):
 def ours(request, gpt2_folder):
     """The same weights in our model.
 
-    torch 2.13 compiles flex attention wrongly on a CPU where lengths vary (C++ that does not build) and
-    for 8 or 24 keys of small heads (wrong numbers, for any model): a graph a length here, and neither
-    of the two.
+    torch 2.13 compiles flex attention wrongly on a CPU where lengths vary (C++ that does not build)
+    and for 8 or 24 keys of small heads (wrong numbers, for any model): here, each length has a
+    graph of its own, and neither of the two occurs.
     """
     torch._dynamo.reset()
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        yield ScratchGPTForCausalLM.from_pretrained(
-            gpt2_folder, attn_implementation=request.param
-        )
+        yield ScratchGPTForCausalLM.from_pretrained(gpt2_folder, attn_implementation=request.param)
 
 
 def padded_batch(rows: int, padding: str):
@@ -78,9 +76,7 @@ def test_logits_equal_gpt2s(ours, reference, padding, cached, rows):
 
 @torch.no_grad()
 def test_full_size_logits_equal_gpt2s(tmp_path):
-    reference = random_gpt2(
-        vocab_size=50257, n_positions=1024, n_embd=768, n_head=12, n_layer=12
-    )
+    reference = random_gpt2(vocab_size=50257, n_positions=1024, n_embd=768, n_head=12, n_layer=12)
     for parameter in reference.parameters():
         parameter.mul_(0.1)  # a standard deviation of 0.02, as GPT-2 starts with
     reference.save_pretrained(tmp_path)
@@ -290,7 +286,9 @@ class TestPastTheLastPosition:
     def test_generate(self, model, cache, logged_warnings):
         ids = random_ids(1, POSITIONS - 3)
         arguments = dict(do_sample=False, eos_token_id=None, cache_implementation=cache)
-        longest = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, **arguments)
+        longest = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, **arguments
+        )
         assert longest.shape == (1, POSITIONS + 1)
         with pytest.raises(ValueError, match=self.message):
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, **arguments)

@@ -1,4 +1,4 @@
-"""Tensor, pipeline and fully sharded data parallelism on two processes give one process's results."""
+"""Tensor and pipeline parallelism and FSDP on two processes give the results of one."""
 
 import os
 import subprocess

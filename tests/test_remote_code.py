@@ -1,4 +1,4 @@
-"""A saved folder carries its code: it loads in a process in which this package cannot be imported."""
+"""A saved folder carries its code: it loads where this package cannot be imported."""
 
 import ast
 import json

@@ -1,0 +1,49 @@
+"""The reader of TensorFlow checkpoints, on the index of OpenAI's real release."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from conversion.tensor_bundle import TensorBundle
+
+
+@pytest.fixture
+def release() -> Path:
+    folder = os.environ.get("GPT2_RELEASE_DIR")
+    if not folder:
+        pytest.skip("GPT2_RELEASE_DIR does not name the folder of OpenAI's 117M release")
+    return Path(folder)
+
+
+def test_index_of_the_real_release(release):
+    shapes = TensorBundle(release / "model.ckpt").shapes
+    assert len(shapes) == 148
+    assert shapes["model/wte"] == (50257, 768)
+    assert shapes["model/h11/attn/c_attn/w"] == (1, 768, 2304)
+    sizes = []
+    for shape in shapes.values():
+        size = 1
+        for length in shape:
+            size *= length
+        sizes.append(size)
+    assert sum(sizes) == 124_439_808
+
+
+def test_missing_shard_is_named(release):
+    with pytest.raises(FileNotFoundError, match="data-00000-of-00001"):
+        TensorBundle(release / "model.ckpt").tensor("model/wte")
+
+
+def test_tensors_of_the_tiny_release(openai_tiny):
+    bundle = TensorBundle(openai_tiny / "model.ckpt")
+    assert len(bundle.shapes) == 3 * 12 + 4
+    for name, shape in bundle.shapes.items():
+        assert tuple(bundle.tensor(name).shape) == shape
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"x" * 100], ids=["empty", "short", "text"])
+def test_a_file_that_is_no_index(content, tmp_path):
+    (tmp_path / "model.ckpt.index").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.ckpt.index does not end like"):
+        TensorBundle(tmp_path / "model.ckpt")

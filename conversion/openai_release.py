@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTTokenizer
-from hf_scratch_gpt.tokenization_scratch_gpt import END_OF_TEXT
+from hf_scratch_gpt.vocabulary_scratch_gpt import END_OF_TEXT
 
 from .sources import GPT2Source
 from .tensor_bundle import TensorBundle

@@ -1,55 +1,104 @@
-"""GPT-2's byte-level BPE tokenizer: transformers' interface, tiktoken's encoding."""
+"""The tokenizer: tiktoken's encoding under transformers' interface.
+
+Ids come from tiktoken. What goes beyond ids (offsets, words, overflow, pairs, added tokens inside a
+text) comes from the tokenizers library, which transformers' fast tokenizers are built on; it runs
+the same merges, several times slower. `check_engines` makes sure that both agree on every token.
+"""
 
 import json
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import tiktoken
-from transformers import PreTrainedTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
-END_OF_TEXT = "<|endoftext|>"
+from .vocabulary_scratch_gpt import (
+    BYTE_TO_UNICODE,
+    END_OF_TEXT,
+    Vocabulary,
+    check,
+    read_tokenizer_json,
+    read_vocabulary,
+    token_bytes,
+)
 
 # GPT-2's split of a text into words, numbers, punctuation and white space, which BPE never merges
 # across. It is the pattern of OpenAI's `encoder.py` with possessive quantifiers, which match the
 # same faster.
-SPLIT_PATTERN = (
-    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-)
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# tiktoken's regular expressions give up, and take the process with them, on a million characters of
+# white space in a row. A run of twice this length is noticed, and goes to the other engine.
+_LONG_SPACE = 10_000
+# From here on, in characters, a batch is worth threads.
+_LARGE_BATCH = 1 << 20
+
+# Arguments that concern ids alone; any other one that is set asks for the other engine.
+_OPTIONS_ON_IDS = {
+    "add_special_tokens",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding_side",
+    "padding_strategy",
+    "return_attention_mask",
+    "return_tensors",
+    "split_special_tokens",
+    "truncation_strategy",
+    "verbose",
+}
 
 
-def byte_to_unicode() -> dict[int, str]:
-    """The printable character by which vocabulary files write each byte.
+class _Alignment(Sequence):
+    """Encodings by the tokenizers library, computed when the first of them is asked for."""
 
-    Bytes that are printable in Latin-1 stand for themselves; the others take the characters from
-    U+0100 on (`bytes_to_unicode` in OpenAI's GPT-2 release).
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    characters = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in characters:
-            characters[byte] = chr(256 + len(characters) - len(printable))
-    return characters
+    def __init__(self, count: int, compute: Callable[[], list[Any]]) -> None:
+        self._count = count
+        self._compute = compute
+        self._encodings: list[Any] | None = None
 
+    def __len__(self) -> int:
+        return self._count
 
-_BYTE_TO_UNICODE = byte_to_unicode()
-_UNICODE_TO_BYTE = {character: byte for byte, character in _BYTE_TO_UNICODE.items()}
+    def __getitem__(self, index: Any) -> Any:
+        if self._encodings is None:
+            self._encodings = self._compute()
+        return self._encodings[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
 
 
-class ScratchGPTTokenizer(PreTrainedTokenizer):
-    """Byte-level BPE with GPT-2's rules over any vocabulary of its kind.
+class ScratchGPTTokenizer(PreTrainedTokenizerFast):
+    """Byte-level BPE with GPT-2's rules, over any vocabulary of its kind.
+
+    It pads on the left, with the end of text. A lone surrogate in a text, which has no UTF-8 form,
+    is read as U+FFFD, the replacement character, and a pair of surrogates as the character that it
+    stands for.
 
     Args:
-        vocab_file: JSON object of tokens and ids (`vocab.json`, OpenAI's `encoder.json`).
-        merges_file: the merges in order, one a line (`merges.txt`, OpenAI's `vocab.bpe`).
-        errors: how `decode` treats bytes that are no UTF-8, as in `bytes.decode`.
+        vocab_file: `vocab.json`, OpenAI's `encoder.json`, or a `.tiktoken` file of ranks.
+        merges_file: `merges.txt` or OpenAI's `vocab.bpe`; not with a `.tiktoken` file.
+        tokenizer_file: `tokenizer.json`, if there are no such files.
+        tokenizer_object: a `tokenizers.Tokenizer` in place of files.
+        errors: kept for GPT-2's sake; bytes that are no UTF-8 decode to U+FFFD.
         bos_token, eos_token, pad_token, unk_token: all the end of text by default.
+        add_prefix_space: put a space before a text that begins without one.
+
+    Raises:
+        ValueError: the vocabulary is missing, damaged or inconsistent; names file and line or
+            token.
     """
 
-    vocab_files_names = {"vocab_file": "vocab.json", "merges_file": "merges.txt"}
+    vocab_files_names = {
+        "vocab_file": "vocab.json",
+        "merges_file": "merges.txt",
+        "tokenizer_file": "tokenizer.json",
+    }
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
 
@@ -57,79 +106,224 @@ class ScratchGPTTokenizer(PreTrainedTokenizer):
         self,
         vocab_file: str | None = None,
         merges_file: str | None = None,
+        tokenizer_file: str | None = None,
+        tokenizer_object: Tokenizer | None = None,
         errors: str = "replace",
-        bos_token: str = END_OF_TEXT,
-        eos_token: str = END_OF_TEXT,
-        pad_token: str = END_OF_TEXT,
-        unk_token: str = END_OF_TEXT,
+        bos_token: Any = END_OF_TEXT,
+        eos_token: Any = END_OF_TEXT,
+        pad_token: Any = END_OF_TEXT,
+        unk_token: Any = END_OF_TEXT,
+        add_prefix_space: bool = False,
         **kwargs: Any,
     ) -> None:
-        if vocab_file is None or merges_file is None:
-            raise FileNotFoundError("the vocabulary takes two files, vocab.json and merges.txt")
-        with open(vocab_file, encoding="utf-8") as file:
-            self.encoder: dict[str, int] = json.load(file)
-        with open(merges_file, encoding="utf-8") as file:
-            lines = file.read().split("\n")
-        self.merges = [line for line in lines if line and not line.startswith("#version")]
-        self.decoder = {token_id: token for token, token_id in self.encoder.items()}
-        self.errors = errors
-
-        ranks = {bytes([_UNICODE_TO_BYTE[c]]): self.encoder[c] for c in _BYTE_TO_UNICODE.values()}
-        for merge in self.merges:
-            token = merge.replace(" ", "")
-            ranks[bytes(_UNICODE_TO_BYTE[c] for c in token)] = self.encoder[token]
-        self.tiktoken = tiktoken.Encoding(
-            "scratch_gpt", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
-        )
+        if tokenizer_object is not None:
+            vocabulary = check(read_tokenizer_json(tokenizer_object.to_str(), "tokenizer_object"))
+        else:
+            vocabulary = read_vocabulary(vocab_file, merges_file, tokenizer_file)
+        self._vocabulary = vocabulary
+        self._tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges))
+        check_engines(vocabulary, self._tokenizer)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+        self._tokenizer.decoder = decoders.ByteLevel()
+        self._tiktoken, self._id_of_rank = build_tiktoken(vocabulary)
+        self._added: list[tuple[str, bool]] | None = None
+        kwargs.setdefault("padding_side", self.padding_side)  # so that it is saved
         super().__init__(
             errors=errors,
             bos_token=bos_token,
             eos_token=eos_token,
             pad_token=pad_token,
             unk_token=unk_token,
+            add_prefix_space=add_prefix_space,
             **kwargs,
         )
 
+    @classmethod
+    def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
+        """Leave the files to `__init__`, which checks them."""
+        kwargs.pop("trust_remote_code", None)
+        return kwargs
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> "ScratchGPTTokenizer":
+        """Load from a folder in any of the formats, a `.tiktoken` file, or a hub id."""
+        path = Path(source)
+        ranks = [path] if path.suffix == ".tiktoken" else sorted(path.glob("*.tiktoken"))
+        if (path / "encoder.json").is_file() and not (path / "vocab.json").is_file():
+            kwargs.setdefault("vocab_file", str(path / "encoder.json"))
+            kwargs.setdefault("merges_file", str(path / "vocab.bpe"))
+        elif ranks and not any((path / name).is_file() for name in cls.vocab_files_names.values()):
+            kwargs.setdefault("vocab_file", str(ranks[0]))
+            source = ranks[0].parent
+        return super().from_pretrained(source, *args, **kwargs)
+
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens in the vocabulary files."""
-        return len(self.encoder)
+    def tiktoken(self) -> tiktoken.Encoding:
+        """The tiktoken object that encodes.
 
-    def get_vocab(self) -> dict[str, int]:
-        """All tokens, added ones too, and their ids."""
-        return {**self.encoder, **self.added_tokens_encoder}
+        Its numbers are the vocabulary's ids where, as in GPT-2's, ids follow the order of the
+        merges; otherwise they count bytes first, then merges.
+        """
+        return self._tiktoken
 
-    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return [self.decoder[token_id] for token_id in self.tiktoken.encode_ordinary(text)]
+    def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
+        """What every way of calling the tokenizer comes down to in transformers."""
 
-    def _convert_token_to_id(self, token: str) -> int | None:
-        return self.encoder.get(token, self.encoder.get(str(self.unk_token)))
+        def align(**changes: Any) -> BatchEncoding:
+            encode = super(ScratchGPTTokenizer, self)._encode_plus
+            return encode(_mended(text), text_pair=_mended(text_pair), **{**options, **changes})
 
-    def _convert_id_to_token(self, index: int) -> str:
-        return self.decoder.get(index, str(self.unk_token))
+        texts = [text] if isinstance(text, str) else text
+        if text_pair or not self._gives_ids_alone(texts, options):
+            return align()
 
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Join `tokens` to text."""
-        pieces = []
-        for token in tokens:
-            if token in self.added_tokens_encoder:
-                pieces.append(token.encode())
-            else:
-                pieces.append(bytes(_UNICODE_TO_BYTE[character] for character in token))
-        return b"".join(pieces).decode("utf-8", errors=self.errors)
+        rows = self._truncated(self._encode_ordinary(texts), options)
+        for ids in rows:
+            self._eventual_warn_about_too_long_sequence(
+                ids, options.get("max_length"), options.get("verbose", True)
+            )
+        data: dict[str, Any] = self._padded(rows, options)
+        if options.get("return_attention_mask") is False:
+            del data["attention_mask"]
+        tensors = options.get("return_tensors")
+        if isinstance(text, str) and tensors is None:
+            data = {name: values[0] for name, values in data.items()}
+        alignment = _Alignment(
+            len(rows), lambda: align(return_tensors=None, verbose=False).encodings
+        )
+        return BatchEncoding(data, alignment, tensor_type=tensors, n_sequences=1)
+
+    def _gives_ids_alone(self, texts: Any, options: dict[str, Any]) -> bool:
+        """Whether tiktoken is all it takes: plain strings, and no option that asks for more."""
+        if not isinstance(texts, (list, tuple)) or not texts or self.add_prefix_space:
+            return False
+        if any(value for name, value in options.items() if name not in _OPTIONS_ON_IDS):
+            return False
+        if options.get("truncation_strategy") == TruncationStrategy.ONLY_SECOND:
+            return False
+        if options.get("add_special_tokens", True) and self.num_special_tokens_to_add():
+            return False
+        if self._added is None:
+            decoder = self._tokenizer.get_added_tokens_decoder()
+            self._added = [(token.content, token.special) for token in decoder.values()]
+        split = options.get("split_special_tokens")
+        split = self.split_special_tokens if split is None else split
+        added = [token for token, special in self._added if not (special and split)]
+        return all(isinstance(text, str) and _is_plain(text, added) for text in texts)
+
+    def _truncated(self, rows: list[list[int]], options: dict[str, Any]) -> list[list[int]]:
+        strategy = options.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE)
+        limit = options.get("max_length")
+        if strategy == TruncationStrategy.DO_NOT_TRUNCATE or limit is None:
+            return rows
+        if self.truncation_side == "right":
+            return [ids[:limit] for ids in rows]
+        return [ids[max(0, len(ids) - limit) :] for ids in rows]
+
+    def _padded(self, rows: list[list[int]], options: dict[str, Any]) -> dict[str, list[list[int]]]:
+        """Ids and attention masks, padded as `options` say."""
+        strategy = options.get("padding_strategy", PaddingStrategy.DO_NOT_PAD)
+        masks = [[1] * len(ids) for ids in rows]
+        if strategy != PaddingStrategy.DO_NOT_PAD:
+            at_longest = strategy == PaddingStrategy.LONGEST
+            width = max(map(len, rows)) if at_longest else options["max_length"]
+            width += -width % (options.get("pad_to_multiple_of") or 1)
+            left = (options.get("padding_side") or self.padding_side) == "left"
+            for columns, filling in ((rows, self.pad_token_id), (masks, 0)):
+                for number, row in enumerate(columns):
+                    missing = [filling] * (width - len(row))
+                    columns[number] = missing + row if left else row + missing
+        return {"input_ids": rows, "attention_mask": masks}
+
+    def _encode_ordinary(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of plain texts."""
+        encode = self._tiktoken.encode_ordinary
+        workers = os.cpu_count() or 1
+        if len(texts) > 1 and workers > 1 and sum(map(len, texts)) > _LARGE_BATCH:
+            with ThreadPoolExecutor(workers) as pool:
+                rows = list(pool.map(encode, texts))
+        else:
+            rows = [encode(text) for text in texts]
+        if self._id_of_rank is None:
+            return rows
+        return [[self._id_of_rank[rank] for rank in ranks] for ranks in rows]
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        self._added = None
+        return super()._add_tokens(new_tokens, special_tokens)
+
+    def _save_pretrained(
+        self, save_directory: Any, file_names: tuple[str, ...], *args: Any, **kwargs: Any
+    ) -> tuple[str, ...]:
+        saved = super()._save_pretrained(save_directory, file_names, *args, **kwargs)
+        return saved + self.save_vocabulary(save_directory, kwargs.get("filename_prefix"))
 
     def save_vocabulary(
-        self, save_directory: str, filename_prefix: str | None = None
-    ) -> tuple[str, str]:
+        self, save_directory: Any, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
         """Write `vocab.json` and `merges.txt` to `save_directory`; return their paths."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        vocab_path = os.path.join(save_directory, prefix + self.vocab_files_names["vocab_file"])
-        merges_path = os.path.join(save_directory, prefix + self.vocab_files_names["merges_file"])
-        with open(vocab_path, "w", encoding="utf-8") as file:
-            json.dump(self.encoder, file, ensure_ascii=False)
-        with open(merges_path, "w", encoding="utf-8") as file:
-            file.write("\n".join(["#version: 0.2", *self.merges, ""]))
-        return vocab_path, merges_path
+        vocab_path = Path(save_directory) / f"{prefix}vocab.json"
+        merges_path = Path(save_directory) / f"{prefix}merges.txt"
+        vocab = json.dumps(self._vocabulary.ids, ensure_ascii=False)
+        vocab_path.write_text(vocab, encoding="utf-8")
+        merges = ["#version: 0.2", *map(" ".join, self._vocabulary.merges), ""]
+        merges_path.write_text("\n".join(merges), encoding="utf-8", newline="\n")
+        return str(vocab_path), str(merges_path)
+
+
+def _is_plain(text: str, added: list[str]) -> bool:
+    """Whether `text` holds none of the `added` tokens and no long run of white space."""
+    if any(token in text for token in added):
+        return False
+    starts = range(0, len(text) - _LONG_SPACE, _LONG_SPACE)
+    return not any(text[start : start + _LONG_SPACE].isspace() for start in starts)
+
+
+def _mended(text: Any) -> Any:
+    """`text`, a string or nested lists of them, with surrogates as tiktoken reads them."""
+    if isinstance(text, (list, tuple)):
+        return type(text)(_mended(part) for part in text)
+    if not isinstance(text, str) or text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def check_engines(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+    """Raise a ValueError unless merging makes each token by its own merge.
+
+    tiktoken joins any two neighbours that make a token together, the tokenizers library only those
+    whose merge is listed. Where each token's own bytes merge to it by the list, no other pair ever
+    stands there to be joined, and the two give the same ids.
+    """
+    tokens = [left + right for left, right in vocabulary.merges]
+    for number, encoding in enumerate(tokenizer.encode_batch_fast(tokens)):
+        if len(encoding) != 1:
+            raise ValueError(
+                f"{vocabulary.where(number)} makes {tokens[number]!r}, but merging in the order of "
+                f"the list gives {tokenizer.encode(tokens[number]).tokens} for it; tiktoken cannot "
+                "encode with such a list"
+            )
+
+
+def build_tiktoken(vocabulary: Vocabulary) -> tuple[tiktoken.Encoding, list[int] | None]:
+    """tiktoken's object, and the id of each of its ranks where they differ."""
+    ids = vocabulary.ids
+    in_order = [*sorted(BYTE_TO_UNICODE.values(), key=ids.__getitem__)]
+    in_order += [left + right for left, right in vocabulary.merges]
+    id_of_rank = [ids[token] for token in in_order]
+    same = id_of_rank == list(range(len(in_order)))
+    encoding = tiktoken.Encoding(
+        "scratch_gpt",
+        pat_str=SPLIT_PATTERN,
+        mergeable_ranks={token_bytes(token): rank for rank, token in enumerate(in_order)},
+        special_tokens={END_OF_TEXT: ids[END_OF_TEXT]} if same and END_OF_TEXT in ids else {},
+    )
+    return encoding, None if same else id_of_rank
 
 
 ScratchGPTTokenizer.register_for_auto_class("AutoTokenizer")

@@ -86,7 +86,7 @@ def test_every_auto_class_loads_without_the_package(converted, tmp_path):
 
 def test_saved_folder_holds_the_code(converted):
     names = {path.name for path in converted.glob("*.py")}
-    kinds = ("blocks", "configuration", "modeling", "tokenization")
+    kinds = ("blocks", "configuration", "modeling", "tokenization", "vocabulary")
     assert names == {f"{kind}_scratch_gpt.py" for kind in kinds}
     auto_map = json.loads((converted / "config.json").read_text())["auto_map"]
     for reference in auto_map.values():

@@ -1,0 +1,259 @@
+"""Read a byte-level BPE vocabulary of GPT-2's kind from any of its file formats, and check it.
+
+A vocabulary is a list of tokens, each a string of bytes with an id, and a list of merges: the pairs
+of tokens that BPE joins, the most frequent first (Sennrich et al. 2016; over bytes: Radford et al.
+2019).
+"""
+
+import base64
+import json
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def byte_to_unicode() -> dict[int, str]:
+    """The printable character by which vocabulary files write each byte.
+
+    Bytes that are printable in Latin-1 stand for themselves; the others take the characters from
+    U+0100 on (`bytes_to_unicode` in OpenAI's GPT-2 release).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    characters.update({byte: chr(256 + index) for index, byte in enumerate(others)})
+    return characters
+
+
+BYTE_TO_UNICODE = byte_to_unicode()
+_TO_LATIN_1 = {ord(character): byte for byte, character in BYTE_TO_UNICODE.items()}
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes of a token as a vocabulary file writes it."""
+    return token.translate(_TO_LATIN_1).encode("latin-1")
+
+
+@dataclass
+class Vocabulary:
+    """Tokens with their ids, and merges in their order; tokens are written as in vocabulary files.
+
+    `origin` and `lines` say, for messages, which file the merges stand in and in which lines.
+    """
+
+    ids: dict[str, int]
+    merges: list[tuple[str, str]]
+    origin: str
+    lines: list[int] = field(default_factory=list)
+
+    def where(self, merge: int) -> str:
+        """The place of merge number `merge`, for an error message."""
+        return f"{self.origin}, line {self.lines[merge]}" if self.lines else self.origin
+
+
+def read_vocabulary(
+    vocab_file: str | None, merges_file: str | None, tokenizer_file: str | None
+) -> Vocabulary:
+    """Read the vocabulary from the files there are.
+
+    Args:
+        vocab_file: JSON object of tokens and ids (`vocab.json`, OpenAI's `encoder.json`), or ranks
+            as tiktoken stores them (`*.tiktoken`).
+        merges_file: the merges, one a line (`merges.txt`, OpenAI's `vocab.bpe`); goes with the
+            JSON.
+        tokenizer_file: `tokenizer.json`, read if the two are not given.
+
+    Raises:
+        ValueError: a file is missing or damaged, or contradicts another; names file and line or
+            token.
+    """
+    if vocab_file is not None and vocab_file.endswith(".tiktoken"):
+        return check(read_ranks(Path(vocab_file)))
+    if vocab_file is not None and merges_file is not None:
+        return check(read_pair(Path(vocab_file), Path(merges_file)))
+    if tokenizer_file is not None:
+        return check(read_tokenizer_json(read_text(Path(tokenizer_file)), tokenizer_file))
+    given = vocab_file or merges_file or "no file"
+    raise ValueError(
+        "a vocabulary takes vocab.json and merges.txt (or encoder.json and vocab.bpe), a "
+        f"tokenizer.json or a .tiktoken file; there is {given}"
+    )
+
+
+def read_text(path: Path) -> str:
+    """The text of a vocabulary file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; fetch it again") from None
+
+
+def read_json(text: str, origin: str) -> Any:
+    """The JSON object in `text`, in which no key may occur twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for number, key in enumerate(names) if key in names[:number])
+            raise ValueError(f"{origin} has {twice!r} twice")
+        return keys
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{origin} is no complete JSON at line {error.lineno}, column {error.colno} "
+            f"({error.msg}); fetch it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{origin} holds no JSON object; is it the right file?")
+    return content
+
+
+def read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
+    """Read OpenAI's or transformers' pair of files."""
+    ids = read_json(read_text(vocab_path), str(vocab_path))
+    check_ids(ids, str(vocab_path))
+    merges, lines = [], []
+    for number, line in enumerate(read_text(merges_path).split("\n"), start=1):
+        line = line.rstrip("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        parts = line.split(" ")
+        if len(parts) != 2 or not all(parts):
+            raise ValueError(
+                f"{merges_path}, line {number} is not two tokens with a space between: {line!r}"
+            )
+        merges.append((parts[0], parts[1]))
+        lines.append(number)
+    return Vocabulary(ids, merges, str(merges_path), lines)
+
+
+def read_tokenizer_json(text: str, origin: str) -> Vocabulary:
+    """Read the vocabulary of a `tokenizer.json`; another way to split a text is refused."""
+    content = read_json(text, origin)
+    model = content.get("model") or {}
+    splitter = content.get("pre_tokenizer") or {}
+    differences = [
+        f"model of type {model.get('type')!r}" if model.get("type", "BPE") != "BPE" else "",
+        f"pre_tokenizer {splitter.get('type')!r}" if splitter.get("type") != "ByteLevel" else "",
+        "normalizer" if content.get("normalizer") else "",
+        *(name for name in ("dropout", "byte_fallback", "ignore_merges") if model.get(name)),
+    ]
+    if any(differences) or not splitter.get("use_regex", True):
+        found = ", ".join(filter(None, differences)) or "pre_tokenizer without its pattern"
+        raise ValueError(
+            f"{origin} is no byte-level BPE tokenizer of GPT-2's kind ({found}); load it with "
+            "transformers' PreTrainedTokenizerFast"
+        )
+    ids = model.get("vocab", {})
+    check_ids(ids, origin, [token.get("id") for token in content.get("added_tokens", [])])
+    merges = []
+    for merge in model.get("merges", []):
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if len(parts) != 2:
+            raise ValueError(f"{origin} has the merge {merge!r}, which is not two tokens")
+        merges.append((parts[0], parts[1]))
+    return Vocabulary(ids, merges, origin)
+
+
+def read_ranks(path: Path) -> Vocabulary:
+    """Read tiktoken's file of tokens in base64 and ranks; the end of text gets the next id."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            encoded, written = line.split(" ")
+            token, rank = base64.b64decode(encoded, validate=True), int(written)
+        except ValueError:
+            raise ValueError(
+                f"{path}, line {number} is not a token in base64 and its rank: {line!r}"
+            ) from None
+        if token in ranks:
+            raise ValueError(f"{path}, line {number} has token {token!r} a second time")
+        ranks[token] = rank
+    ids = {"".join(BYTE_TO_UNICODE[byte] for byte in token): rank for token, rank in ranks.items()}
+    check_ids(ids, str(path))
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = parts_before(token, rank, ranks)
+            if len(parts) != 2:
+                raise ValueError(
+                    f"{path}: no two tokens of lower rank make {token!r} (rank {rank})"
+                )
+            left, right = ("".join(BYTE_TO_UNICODE[byte] for byte in part) for part in parts)
+            merges.append((left, right))
+    ids.setdefault(END_OF_TEXT, len(ids))
+    return Vocabulary(ids, merges, str(path))
+
+
+def parts_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
+    """What BPE makes of `token` by merges of lower rank than its own."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        candidates = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+        lowest = min(candidates)
+        if lowest >= rank:
+            break
+        place = candidates.index(lowest)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+def check_ids(ids: dict[str, int], origin: str, added: list[int] | None = None) -> None:
+    """Raise a ValueError unless the ids count from 0 on without a gap or a repetition."""
+    by_id: dict[int, str] = {}
+    for token, token_id in ids.items():
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise ValueError(f"{origin}: token {token!r} has {token_id!r} for an id")
+        if token_id in by_id:
+            raise ValueError(
+                f"{origin}: tokens {by_id[token_id]!r} and {token!r} share id {token_id}"
+            )
+        by_id[token_id] = token
+    present = by_id.keys() | set(added or [])
+    missing = next((number for number in range(len(by_id)) if number not in present), None)
+    if missing is not None:
+        raise ValueError(f"{origin} has no token with id {missing}, and ids count without a gap")
+
+
+def check(vocabulary: Vocabulary) -> Vocabulary:
+    """Raise a ValueError unless bytes and merges make every token of `vocabulary`; return it."""
+    ids = vocabulary.ids
+    for byte, character in BYTE_TO_UNICODE.items():
+        if character not in ids:
+            raise ValueError(
+                f"{vocabulary.origin}: byte {byte:#04x} has no token ({character!r}); a byte-level "
+                "vocabulary has one for each"
+            )
+    made = dict.fromkeys(BYTE_TO_UNICODE.values(), -1)
+    for number, (left, right) in enumerate(vocabulary.merges):
+        where = vocabulary.where(number)
+        for token in (left, right, left + right):
+            if token not in ids:
+                raise ValueError(
+                    f"{where} merges {left!r} and {right!r}, but {token!r} is no token"
+                )
+        for token in (left, right):
+            if token not in made:
+                raise ValueError(f"{where} merges {token!r}, which no earlier merge has made")
+        if left + right in made:
+            raise ValueError(f"{where} makes {left + right!r}, which an earlier merge has made")
+        made[left + right] = number
+    for token in ids.keys() - made.keys():
+        # Special tokens stand in the vocabulary without a merge.
+        if not re.fullmatch(r"<.*>|\[.*\]", token, flags=re.DOTALL):
+            raise ValueError(
+                f"{vocabulary.origin} has no merge that makes token {token!r} (id {ids[token]}): it is "
+                "cut short, or belongs to another vocabulary"
+            )
+    return vocabulary

@@ -3,7 +3,7 @@
 # B batch, T query tokens, S key tokens, C hidden, V vocabulary, L labels
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +19,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
+from .positions_scratch_gpt import check_length, positions_at, raise_past_limit
 
 
 class ScratchGPTPreTrainedModel(PreTrainedModel):
@@ -148,7 +148,14 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first_layer)
         is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
         padding_mask = attention_mask if is_padding_mask else None
-        self._check_length(inputs, past_key_values, past_length, padding_mask, position_ids)
+        check_length(
+            self.config.max_position_embeddings,
+            inputs,
+            past_key_values,
+            past_length,
+            padding_mask,
+            position_ids,
+        )
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
@@ -162,7 +169,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         )
         if position_ids is None:
             steps = torch.arange(inputs.shape[1], device=inputs.device) + past_length
-            position_ids = self._positions_at(steps, padding_mask)  # (B or 1, T)
+            position_ids = positions_at(steps, padding_mask)  # (B or 1, T)
 
         hidden_states = inputs_embeds
         # A later stage of pipeline parallelism is handed hidden states that hold their positions
@@ -189,54 +196,6 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         """
         held = (i for i, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity))
         return next(held, 0)
-
-    def _check_length(
-        self,
-        inputs: torch.Tensor,
-        past_key_values: Cache | None,
-        past_length: int | torch.Tensor,
-        padding_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-    ) -> None:
-        """Raise a ValueError if a token would stand past the last position.
-
-        A GPU's kernel would take the process down with it, and so would compiled code on a CPU.
-        """
-        limit = self.config.max_position_embeddings
-        total_length = past_length + inputs.shape[1]
-        if is_tracing(inputs):
-            # A trace knows sizes, but no values: neither positions nor how full a static cache is.
-            if isinstance(past_length, torch.Tensor) and past_key_values is not None:
-                total_length = past_key_values.get_max_length()
-            elif position_ids is not None:
-                return
-        elif position_ids is not None:
-            total_length = position_ids.max() + 1 if position_ids.numel() else 0
-        elif padding_mask is not None and total_length > padding_mask.shape[1]:
-            raise ValueError(
-                f"attention_mask has {padding_mask.shape[1]} columns for {int(total_length)} "
-                "tokens; give one column for every token, cached ones included"
-            )
-        elif padding_mask is not None and total_length > limit:
-            total_length = padding_mask.sum(-1).max()
-        if total_length > limit:
-            raise_past_limit(total_length, limit)
-
-    @staticmethod
-    def _positions_at(steps: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """Positions of the tokens at columns `steps` (T,), padding not counted; (B or 1, T)."""
-        if padding_mask is None:
-            return steps.unsqueeze(0)
-        positions = padding_mask.to(steps.device).long().cumsum(-1) - 1  # (B, S)
-        return positions.clamp(min=0).index_select(1, steps)
-
-
-def raise_past_limit(tokens: int | torch.Tensor, limit: int) -> NoReturn:
-    """Raise the ValueError for `tokens` tokens where the model has `limit` positions."""
-    raise ValueError(
-        f"{int(tokens)} tokens exceed the model's {limit} positions; truncate the prompt or lower "
-        "max_new_tokens"
-    )
 
 
 class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):

@@ -253,7 +253,7 @@ def check(vocabulary: Vocabulary) -> Vocabulary:
         # Special tokens stand in the vocabulary without a merge.
         if not re.fullmatch(r"<.*>|\[.*\]", token, flags=re.DOTALL):
             raise ValueError(
-                f"{vocabulary.origin} has no merge that makes token {token!r} (id {ids[token]}): it is "
-                "cut short, or belongs to another vocabulary"
+                f"{vocabulary.origin} has no merge that makes token {token!r} (id {ids[token]}): "
+                "it is cut short, or belongs to another vocabulary"
             )
     return vocabulary

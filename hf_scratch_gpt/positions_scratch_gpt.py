@@ -1,0 +1,70 @@
+"""Which position each token has, and the error for a position that the model does not know."""
+
+# B batch, T query tokens, S key tokens
+
+from typing import NoReturn
+
+import torch
+from transformers import Cache
+from transformers.utils.import_utils import is_tracing
+
+
+def positions_at(steps: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions of the tokens at columns `steps` (T,), with padding not counted; (B or 1, T).
+
+    Args:
+        steps: columns of the new tokens, after the cached ones.
+        padding_mask: (B, S), 1 for tokens and 0 for padding, or None if there is no padding.
+    """
+    if padding_mask is None:
+        return steps.unsqueeze(0)
+    positions = padding_mask.to(steps.device).long().cumsum(-1) - 1  # (B, S)
+    return positions.clamp(min=0).index_select(1, steps)
+
+
+def check_length(
+    limit: int,
+    inputs: torch.Tensor,
+    past_key_values: Cache | None,
+    past_length: int | torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError if a token would stand past the last position.
+
+    It has to be raised before a kernel runs: on a GPU the kernel would take the process down with
+    it, and so would compiled code on a CPU.
+
+    Args:
+        limit: number of positions the model knows.
+        inputs: ids or vectors of the new tokens, (B, T) or (B, T, C).
+        past_key_values: the cache, of which `past_length` tokens are filled.
+        padding_mask: (B, S), or None.
+        position_ids: (B or 1, T), the positions if they are given.
+    """
+    total_length = past_length + inputs.shape[1]
+    if is_tracing(inputs):
+        # A trace knows sizes, but no values: neither positions nor how full a static cache is.
+        if isinstance(past_length, torch.Tensor) and past_key_values is not None:
+            total_length = past_key_values.get_max_length()
+        elif position_ids is not None:
+            return
+    elif position_ids is not None:
+        total_length = position_ids.max() + 1 if position_ids.numel() else 0
+    elif padding_mask is not None and total_length > padding_mask.shape[1]:
+        raise ValueError(
+            f"attention_mask has {padding_mask.shape[1]} columns for {int(total_length)} tokens; "
+            "give one column for every token, cached ones included"
+        )
+    elif padding_mask is not None and total_length > limit:
+        total_length = padding_mask.sum(-1).max()
+    if total_length > limit:
+        raise_past_limit(total_length, limit)
+
+
+def raise_past_limit(tokens: int | torch.Tensor, limit: int) -> NoReturn:
+    """Raise the ValueError for `tokens` tokens where the model has `limit` positions."""
+    raise ValueError(
+        f"{int(tokens)} tokens exceed the model's {limit} positions; truncate the prompt or lower "
+        "max_new_tokens"
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import Cache
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -43,10 +44,12 @@ class LayerNorm(nn.Module):
         """Normalise `hidden_states` (..., C), each vector by itself; same shape and dtype."""
         if self.fused:
             return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.eps)
-        mean = hidden_states.mean(dim=-1, keepdim=True)
-        variance = (hidden_states - mean).square().mean(dim=-1, keepdim=True)
-        normalized = (hidden_states - mean) / torch.sqrt(variance + self.eps)
-        return self.weight * normalized + self.bias
+        # Half precision cannot hold the square of 256; the kernel computes in float32 as well.
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        mean = x.mean(dim=-1, keepdim=True)
+        variance = (x - mean).square().mean(dim=-1, keepdim=True)
+        normalized = (x - mean) / torch.sqrt(variance + self.eps)
+        return (self.weight * normalized + self.bias).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, fused={self.fused}"
@@ -87,7 +90,10 @@ class FeedForward(nn.Module):
         super().__init__()
         assert config.intermediate_size is not None, "the configuration derives it"
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = GELU(GELU_FORMS[config.hidden_act], config.fused_kernels)
+        form = GELU_FORMS.get(config.hidden_act)
+        self.activation = (
+            ACT2FN[config.hidden_act] if form is None else GELU(form, config.fused_kernels)
+        )
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.down_proj.is_residual_projection = True  # type: ignore[assignment]  # a plain flag
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -127,7 +133,10 @@ def masked_attention(
     Returns:
         What each token has gathered, (B, T, H, D), and the weights, (B, H, T, S).
     """
-    scores = query @ key.transpose(-2, -1) * scaling  # (B, H, T, S)
+    scores = (query * scaling) @ key.transpose(-2, -1)  # (B, H, T, S)
+    # Half precision has too few digits to sum a thousand weights, and no room below its lowest
+    # number for the sum of a score and the mask.
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if attention_mask is not None:
         scores = scores + attention_mask
     elif module.is_causal if is_causal is None else is_causal:
@@ -136,9 +145,7 @@ def masked_attention(
         is_future = is_future.triu(keys - tokens + 1)
         # Not minus infinity: a row in which everything is masked would become NaN.
         scores = scores.masked_fill(is_future, torch.finfo(scores.dtype).min)
-    # Half precision has too few digits to sum a thousand weights.
-    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(value.dtype)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     gathered = weights @ value  # (B, H, T, D)
     return gathered.transpose(1, 2).contiguous(), weights

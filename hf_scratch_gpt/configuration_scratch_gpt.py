@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 # `<|endoftext|>` in the vocabulary that OpenAI released. It begins, ends and pads a text.
 END_OF_TEXT_ID = 50256
@@ -41,8 +42,16 @@ PRESET_ALIASES = {
     "gpt3": "gpt3-175b",
 }
 
-# Activation names of transformers -> what `GELU` computes.
-GELU_FORMS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+# Activation names of transformers -> what `GELU` computes; other names are transformers' own.
+GELU_FORMS = {
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu": "none",
+    "gelu_python": "none",
+}
+
+_DROPOUTS = ("embedding_dropout", "hidden_dropout", "attention_dropout")
 
 # Fields of GPT-2's configuration that change nothing here: `reorder_and_upcast_attn` is a matter of
 # precision, which the kernels settle; the summary belongs to the double-heads model.
@@ -80,8 +89,8 @@ class ScratchGPTConfig(PretrainedConfig):
         num_attention_heads: heads a block attends with, H; divides `hidden_size`.
         intermediate_size: width inside the feed-forward network; 4 * `hidden_size` if not given.
         max_position_embeddings: positions the model knows, the longest text in tokens.
-        hidden_act: "gelu_new" or "gelu_pytorch_tanh" (GPT-2's tanh form), or "gelu" (the exact
-            form).
+        hidden_act: "gelu_new" (GPT-2's tanh form), "gelu" (the exact form), or any activation that
+            transformers knows.
         qkv_bias: whether the query, key and value projections add a bias.
         tie_word_embeddings: whether the output head shares the token embedding's weights.
         scale_attn_weights: whether scores are divided by the square root of the head size.
@@ -158,12 +167,12 @@ class ScratchGPTConfig(PretrainedConfig):
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     fused_kernels: bool = True
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float | int = 1e-5
     embedding_dropout: float | int = 0.1
     hidden_dropout: float | int = 0.1
     attention_dropout: float | int = 0.1
     classifier_dropout: float | int | None = None
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     bos_token_id: int | None = END_OF_TEXT_ID
     eos_token_id: int | list[int] | None = END_OF_TEXT_ID
@@ -178,7 +187,13 @@ class ScratchGPTConfig(PretrainedConfig):
             )
         for name in ("model_type", *_IGNORED_GPT2_FIELDS):
             kwargs.pop(name, None)
+        head_dim = kwargs.pop("head_dim", None)
         super().__post_init__(**kwargs)
+        if head_dim not in (None, self.head_dim):
+            raise ValueError(
+                f"head_dim={head_dim} is not hidden_size={self.hidden_size} divided by "
+                f"num_attention_heads={self.num_attention_heads}; leave it out"
+            )
 
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -191,14 +206,20 @@ class ScratchGPTConfig(PretrainedConfig):
 
     def _take_aliases(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Set the fields that `kwargs` names by an alias; return the rest."""
+        # GPT-2's files carry both, and only `n_positions` sizes the model.
         if "n_positions" in kwargs:
-            kwargs.pop(
-                "n_ctx", None
-            )  # GPT-2's files carry both, and only `n_positions` sizes the model
-        if "drop_rate" in kwargs:
-            self.drop_rate = kwargs.pop("drop_rate")
+            kwargs.pop("n_ctx", None)
         defaults = self.default_config_fields()
         named: dict[str, str] = {}
+        if "drop_rate" in kwargs:
+            rate = kwargs.pop("drop_rate")
+            for field in _DROPOUTS:
+                if getattr(self, field) not in (rate, defaults[field]):
+                    raise ValueError(
+                        f"drop_rate={rate} and {field}={getattr(self, field)} disagree; give the "
+                        "dropouts one by one"
+                    )
+            self.drop_rate = rate
         for alias in [name for name in kwargs if name in self.attribute_map]:
             field, value = self.attribute_map[alias], kwargs.pop(alias)
             current = getattr(self, field)
@@ -216,24 +237,19 @@ class ScratchGPTConfig(PretrainedConfig):
         """Raise a ValueError that names a field outside its range, the limit and the remedy."""
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         for name in (*sizes, "intermediate_size", "max_position_embeddings"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is None or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive number")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} does not divide into num_attention_heads="
                 f"{self.num_attention_heads} heads of equal size; make one a multiple of the other"
             )
-        if self.hidden_act not in GELU_FORMS:
+        if self.hidden_act not in GELU_FORMS and self.hidden_act not in ACT2FN:
             raise ValueError(
-                f"hidden_act={self.hidden_act!r} is not supported; choose one of "
-                f"{', '.join(GELU_FORMS)}"
+                f"hidden_act={self.hidden_act!r} is no activation of transformers; choose one of "
+                f"{', '.join(GELU_FORMS)}, or another of transformers.activations.ACT2FN"
             )
-        for name in (
-            "embedding_dropout",
-            "hidden_dropout",
-            "attention_dropout",
-            "classifier_dropout",
-        ):
+        for name in (*_DROPOUTS, "classifier_dropout"):
             probability = getattr(self, name)
             if probability is not None and not 0 <= probability <= 1:
                 raise ValueError(
@@ -277,6 +293,7 @@ class ScratchGPTConfig(PretrainedConfig):
             nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
             names = [known[key] for key in nearest] or list(PRESETS)
             raise ValueError(f"no preset is called {name!r}; did you mean {' or '.join(names)}?")
+        overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
         return cls(**{**PRESETS[PRESET_ALIASES.get(preset, preset)], **overrides})
 
     @classmethod
@@ -287,22 +304,30 @@ class ScratchGPTConfig(PretrainedConfig):
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if fields.get("model_type") == "gpt2":
             fields = {**fields, "model_type": cls.model_type}
-            # GPT-2's files name no padding token, and then a batch cannot be generated from or
-            # classified.
-            if fields.get("pad_token_id") is None:
-                fields["pad_token_id"] = fields.get("eos_token_id", END_OF_TEXT_ID)
+            # GPT-2's files name no padding token, and then a batch cannot be generated from. A
+            # classifier is left as it is: it reads the last token that is no padding.
+            classifies = "GPT2ForSequenceClassification" in (fields.get("architectures") or [])
+            if fields.get("pad_token_id") is None and not classifies:
+                ends = fields.get("eos_token_id", END_OF_TEXT_ID)
+                fields["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
         return fields, unused
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary of plain values."""
-        # PEFT asks for this dictionary just before it looks up which modules it adapts by default,
-        # so this is the one place that serves it whether it is imported before or after this
-        # package. Our modules carry Llama's names, and so Llama's defaults fit.
-        if (peft_tables := sys.modules.get("peft.utils.constants")) is not None:
-            for table_name, table in vars(peft_tables).items():
-                if table_name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
-                    table.setdefault(self.model_type, table["llama"])
+        # PEFT asks for it just before it looks up which modules it adapts by default: the one place
+        # that serves whether PEFT is imported before this package or after it.
+        _offer_peft_defaults(self.model_type)
         return super().to_dict()
+
+
+def _offer_peft_defaults(model_type: str) -> None:
+    """Tell PEFT, if it is imported, which modules to adapt where a user names none.
+
+    Our modules carry Llama's names, and so Llama's defaults fit.
+    """
+    for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
+            table.setdefault(model_type, table["llama"])
 
 
 ScratchGPTConfig.register_for_auto_class()

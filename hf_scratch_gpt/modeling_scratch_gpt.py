@@ -25,6 +25,15 @@ from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
 from .positions_scratch_gpt import check_length, positions_at, raise_past_limit
 
+_WHERE_ON_THE_HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+)
+
 
 class ScratchGPTPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of every model here: what it can do, how it starts."""
@@ -45,6 +54,11 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.(masked_)?bias$"]
 
     def __init__(self, config: ScratchGPTConfig) -> None:
+        if config.model_type != "scratch_gpt":
+            raise ValueError(
+                f"{type(self).__name__} takes a ScratchGPTConfig, not a {type(config).__name__}; "
+                "ScratchGPTConfig(**config.to_dict()) makes one of GPT-2's"
+            )
         super().__init__(config)
         config.check()  # fields may have been set since it was made
 
@@ -68,10 +82,9 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
                 one.
         """
         splits = kwargs.get("distributed_config") or kwargs.get("tp_plan") or kwargs.get("tp_size")
-        if splits and not isinstance(kwargs.get("config"), PretrainedConfig):
-            fields, _ = PretrainedConfig.get_config_dict(
-                kwargs.get("config") or pretrained_model_name_or_path
-            )
+        if splits and pretrained_model_name_or_path is not None:
+            where = {name: kwargs[name] for name in _WHERE_ON_THE_HUB if name in kwargs}
+            fields, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)
             if fields.get("model_type") == "gpt2":
                 raise ValueError(
                     f"{pretrained_model_name_or_path} is a GPT-2 checkpoint: it holds query, key "
@@ -84,9 +97,24 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
             model.generation_config.pad_token_id = model.config.pad_token_id
         return loaded
 
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any) -> Any:
+        """Split `model` over devices; a ValueError if its heads do not divide among them."""
+        heads, devices = model.config.num_attention_heads, distributed_config.tp_size
+        if heads % devices:
+            raise ValueError(
+                f"{heads} attention heads do not divide among tp_size={devices} devices; choose a "
+                "tp_size that divides them"
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save model, configuration and code to `save_directory`, under our own tensor names."""
-        kwargs.setdefault("save_original_format", False)
+        if kwargs.setdefault("save_original_format", False):
+            raise ValueError(
+                "save_original_format=True would write tensor names that no model reads; leave it "
+                "out"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -125,7 +153,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 mask as transformers makes it for the attention implementation, (B, 1, T, S).
             position_ids: (B, T) or (1, T), each token's position. Without them, positions count the
                 tokens that `attention_mask` shows. Counting anew within a row packs several texts
-                into it.
+                into it, where there is neither an `attention_mask` nor a cache.
             past_key_values: keys and values of earlier tokens, extended in place.
             inputs_embeds: (B, T, C), vectors to use in place of the token embedding's.
             use_cache: return `past_key_values`.
@@ -142,6 +170,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        earlier = past_key_values  # the cache that was given, if any
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         first_layer = self._first_layer()
@@ -163,7 +192,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=earlier,
             position_ids=position_ids,
             layer_idx=first_layer,
         )

@@ -46,16 +46,25 @@ def check_length(
     if is_tracing(inputs):
         # A trace knows sizes, but no values: neither positions nor how full a static cache is.
         if isinstance(past_length, torch.Tensor) and past_key_values is not None:
-            total_length = past_key_values.get_max_length()
-        elif position_ids is not None:
-            return
-    elif position_ids is not None:
-        total_length = position_ids.max() + 1 if position_ids.numel() else 0
-    elif padding_mask is not None and total_length > padding_mask.shape[1]:
+            capacity = past_key_values.get_max_length()
+            if capacity > limit:
+                raise ValueError(
+                    f"{capacity} tokens, for which the static cache has room, exceed the model's "
+                    f"{limit} positions; lower max_cache_len, or max_new_tokens in generate"
+                )
+        elif position_ids is None and total_length > limit:
+            raise_past_limit(total_length, limit)
+        return
+    if padding_mask is not None and total_length > padding_mask.shape[1]:
         raise ValueError(
             f"attention_mask has {padding_mask.shape[1]} columns for {int(total_length)} tokens; "
             "give one column for every token, cached ones included"
         )
+    if position_ids is not None and position_ids.numel():
+        lowest, highest = position_ids.aminmax()
+        if lowest < 0:
+            raise ValueError(f"position {int(lowest)} is below 0; give padding the position 0")
+        total_length = highest + 1
     elif padding_mask is not None and total_length > limit:
         total_length = padding_mask.sum(-1).max()
     if total_length > limit:

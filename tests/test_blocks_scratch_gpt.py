@@ -36,6 +36,15 @@ def test_layer_norm_equals_torchs(fused):
     torch.testing.assert_close(ours(x), theirs(x), **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layer_norm_of_large_halves(dtype):
+    x = torch.randn(3, 768).to(dtype)
+    x[:, 5] = 3000  # its square is past float16's range, and such values occur in GPT-2
+    kernel, written_out = (LayerNorm(768, fused=fused).to(dtype)(x) for fused in (True, False))
+    assert written_out.dtype == dtype
+    torch.testing.assert_close(written_out, kernel)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_gelu_follows_its_formulas(fused):
     xs = [-4.0, -1.0, -0.1, 0.0, 0.3, 1.0, 5.0]

@@ -59,6 +59,11 @@ def test_presets_multiply_out():
         assert config.intermediate_size == 4 * config.hidden_size
 
 
+def test_presets_take_overrides_under_any_name():
+    config = ScratchGPTConfig.from_preset("gpt3-xl", n_layer=2, context_length=512)
+    assert (config.num_hidden_layers, config.max_position_embeddings) == (2, 512)
+
+
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match=r"'gpt2-mediun'.*gpt2-medium"):
         ScratchGPTConfig.from_preset("gpt2-mediun")
@@ -103,7 +108,9 @@ def test_end_of_text_needs_a_vocabulary_that_holds_it():
         ({"n_layer": 0}, r"num_hidden_layers=0.*below 1"),
         ({"vocab_size": -5}, r"vocab_size=-5.*below 1"),
         ({"drop_rate": 1.5}, r"embedding_dropout=1.5.*0 to 1"),
-        ({"hidden_act": "relu"}, r"hidden_act='relu'.*gelu_new"),
+        ({"hidden_act": "gelo"}, r"hidden_act='gelo'.*gelu_new"),
+        ({"head_dim": 80}, r"head_dim=80.*leave it out"),
+        ({"drop_rate": 0.3, "hidden_dropout": 0.2}, r"drop_rate=0.3 and hidden_dropout=0.2"),
         ({"layer_norm_eps": 0.0}, r"layer_norm_eps=0.0.*not above 0"),
         ({"add_cross_attention": True}, r"add_cross_attention=True.*drop the field"),
         ({"n_embd": 64, "emb_dim": 96}, r"emb_dim=96 and n_embd=64.*give one"),
@@ -130,6 +137,12 @@ def test_save_and_load_give_the_same_configuration(tmp_path):
     loaded = ScratchGPTConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert ScratchGPTConfig.from_pretrained(tmp_path, n_layer=2).num_hidden_layers == 2
+
+
+def test_first_of_several_ends_pads(tmp_path):
+    GPT2Config(vocab_size=100, eos_token_id=[97, 98], bos_token_id=97).save_pretrained(tmp_path)
+    config = ScratchGPTConfig.from_pretrained(tmp_path)
+    assert (config.eos_token_id, config.pad_token_id) == ([97, 98], 97)
 
 
 def test_gpt2_file_is_read_as_ours_without_a_warning(tmp_path):

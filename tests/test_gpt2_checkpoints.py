@@ -148,6 +148,23 @@ def test_splitting_a_gpt2_checkpoint_over_devices_is_refused(size, gpt2_folder):
         )
 
 
+def test_heads_that_do_not_divide_among_devices_are_refused():
+    model = random_model(ScratchGPTForCausalLM)
+    with pytest.raises(ValueError, match=r"4 attention heads do not divide among tp_size=3"):
+        ScratchGPTForCausalLM.maybe_distribute_model(model, DistributedConfig(tp_size=3), None)
+
+
+def test_a_gpt2_configuration_object_is_refused():
+    with pytest.raises(ValueError, match=r"takes a ScratchGPTConfig, not a GPT2Config"):
+        ScratchGPTForCausalLM(random_gpt2().config)
+
+
+def test_saving_under_other_names_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="save_original_format=True would write"):
+        random_model(ScratchGPTForCausalLM).save_pretrained(tmp_path, save_original_format=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_gpt2_pads_with_its_end_of_text_without_a_warning(tmp_path):
     reference = random_gpt2(pad_token_id=None)
     reference.save_pretrained(tmp_path)

@@ -108,6 +108,9 @@ def test_all_paths_agree_in_float64(training):
     "fields",
     [
         {"activation_function": "gelu"},
+        {"activation_function": "gelu_fast"},
+        {"activation_function": "relu"},
+        {"activation_function": "silu"},
         {"scale_attn_by_inverse_layer_idx": True},
         {"scale_attn_weights": False},
         {"reorder_and_upcast_attn": True},
@@ -144,23 +147,29 @@ def test_left_padded_rows_equal_single_rows(implementation, with_positions):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_a_row_of_padding_alone_stays_finite(implementation, dtype):
-    model = random_model(ScratchGPTForCausalLM).to(dtype)
-    model.set_attn_implementation(implementation)
+    model = random_model(ScratchGPTForCausalLM)
+    # scores of about -280, which float16 cannot add to its lowest number
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.bias.fill_(10.0)
+        layer.self_attn.k_proj.bias.fill_(-10.0)
+    model.to(dtype).set_attn_implementation(implementation)
     mask = torch.ones(3, 12, dtype=torch.long)
     mask[1] = 0
+    mask[2, :5] = 0
     assert model(random_ids(3, 12), attention_mask=mask).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
-def test_packed_texts_equal_single_texts(implementation):
+def test_packed_texts_equal_single_texts(implementation, use_cache):
     model = random_model(ScratchGPTModel)
     model.set_attn_implementation(implementation)
     first, second = random_ids(1, 5), random_ids(1, 7)
     packed = model(
         torch.cat([first, second], dim=1),
         position_ids=torch.cat([torch.arange(5), torch.arange(7)]).unsqueeze(0),
-        use_cache=False,
+        use_cache=use_cache,
     ).last_hidden_state
     alone = torch.cat([model(text).last_hidden_state for text in (first, second)], dim=1)
     torch.testing.assert_close(packed, alone, **CLOSE)
@@ -264,6 +273,10 @@ class TestPastTheLastPosition:
         with pytest.raises(ValueError, match=self.message):
             model(random_ids(1, 2), position_ids=torch.tensor([[0, POSITIONS]]))
 
+    def test_positions_below_the_first(self, model):
+        with pytest.raises(ValueError, match="position -1 is below 0; give padding the position 0"):
+            model(random_ids(1, 2), position_ids=torch.tensor([[-1, 0]]))
+
     def test_padding_does_not_count(self, model):
         mask = torch.ones(2, POSITIONS + 1, dtype=torch.long)
         mask[:, :5] = 0
@@ -301,12 +314,15 @@ class TestPastTheLastPosition:
             cache = StaticCache(config=model.config, max_cache_len=POSITIONS + 1)
             model(random_ids(1, 2), past_key_values=cache)
             arguments["past_key_values"] = cache
-        with pytest.raises(ValueError, match=self.message), torch.no_grad():
+        message = rf"static cache has room, exceed.* {POSITIONS} " if static else self.message
+        with pytest.raises(ValueError, match=message), torch.no_grad():
             compiled(random_ids(1, 1 if static else POSITIONS + 1), **arguments)
 
-    def test_mask_shorter_than_the_text(self, model):
+    @pytest.mark.parametrize("positions", [None, torch.arange(6).unsqueeze(0)])
+    def test_mask_shorter_than_the_text(self, model, positions):
+        mask = torch.ones(1, 4, dtype=torch.long)
         with pytest.raises(ValueError, match=r"attention_mask has 4 columns for 6 tokens"):
-            model(random_ids(1, 6), attention_mask=torch.ones(1, 4, dtype=torch.long))
+            model(random_ids(1, 6), attention_mask=mask, position_ids=positions)
 
     @pytest.mark.parametrize("both", [False, True])
     def test_ids_and_embeddings_exclude_each_other(self, model, both):

@@ -9,7 +9,7 @@ import torch
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
-from .models import VOCABULARY, random_ids, random_model
+from .models import random_ids, random_model
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -17,15 +17,11 @@ def expected(request, tmp_path_factory):
     """A folder with a model and what one process makes of a left-padded batch."""
     folder = tmp_path_factory.mktemp("parallel")
     torch.manual_seed(0)
-    # 96 ids, as two processes share the vocabulary evenly; five layers, so that stages differ
+    # an odd vocabulary, as GPT-2's is, and five layers, so that two stages differ
     model = random_model(
         ScratchGPTForCausalLM,
         tie_word_embeddings=request.param,
         num_hidden_layers=5,
-        vocab_size=VOCABULARY - 1,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
     model.save_pretrained(folder / "model")
     inputs = {"input_ids": random_ids(2, 10), "attention_mask": torch.ones(2, 10).long()}

@@ -78,7 +78,7 @@ def test_training_learns_one_batch_by_heart(checkpointing, tmp_path):
         lr_scheduler_type="constant",
         activation_checkpointing=checkpointing,
     )
-    assert run.train().metrics["train_loss"] > 0.1
+    run.train()
     assert run.state.log_history[-2]["loss"] < 0.1
 
 

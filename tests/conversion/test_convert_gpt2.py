@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaConfig
 
 from conversion.convert_gpt2 import convert, main
 from hf_scratch_gpt import ScratchGPTForCausalLM
@@ -133,6 +133,12 @@ def test_bad_sources_are_refused_and_leave_nothing(
     assert re.search(message, error), error
     assert [path.name for path in tmp_path.iterdir() if path != source] == ["out"] * there
     assert [path.name for path in out.glob("*")] == ["old.txt"] * there
+
+
+def test_another_kind_of_model_is_refused(tmp_path, capsys):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    assert main([str(tmp_path / "llama"), str(tmp_path / "out")]) == 1
+    assert "is a model of type 'llama'; only GPT-2" in capsys.readouterr().err
 
 
 def test_missing_source(tmp_path, capsys):

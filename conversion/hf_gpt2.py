@@ -1,12 +1,26 @@
 """Read a GPT-2 in transformers' format, from a folder or the hub."""
 
+import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 
-from hf_scratch_gpt import ScratchGPTTokenizer
+from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTTokenizer
 
-from .sources import GPT2Source
+from .sources import GPT2Source, StoredTensor, load_pickle, stored_tensors
+
+# OpenAI's sizes on the hub.
+OFFICIAL = {
+    "124M": "openai-community/gpt2",
+    "355M": "openai-community/gpt2-medium",
+    "774M": "openai-community/gpt2-large",
+    "1558M": "openai-community/gpt2-xl",
+}
+_FILES = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.tiktoken"]
 
 
 def read_hf_gpt2(source: str) -> GPT2Source:
@@ -14,17 +28,89 @@ def read_hf_gpt2(source: str) -> GPT2Source:
 
     Raises:
         OSError: there is no such folder or hub id.
-        ValueError: it holds a model of another kind.
+        ValueError: it holds a model of another kind, or its files are damaged; names them.
     """
-    fields, _ = PretrainedConfig.get_config_dict(source)
-    if fields.get("model_type") not in ("gpt2", "scratch_gpt"):
-        raise ValueError(
-            f"{source} is a model of type {fields.get('model_type')!r}; only GPT-2 can be converted"
-        )
-    names = ScratchGPTTokenizer.vocab_files_names.values()
-    is_folder = Path(source).is_dir()
-    if is_folder and not any((Path(source) / name).is_file() for name in names):
-        tokenizer = None
-    else:
-        tokenizer = ScratchGPTTokenizer.from_pretrained(source)
-    return GPT2Source("transformers GPT-2", {"pretrained_model_name_or_path": source}, tokenizer)
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(OFFICIAL.get(source, source), allow_patterns=_FILES))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder / 'config.json'} is missing")
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = fields.get("model_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{folder / 'config.json'} is no JSON object in UTF-8") from None
+    if kind != "gpt2":
+        raise ValueError(f"{source} is a model of type {kind!r}; only GPT-2 can be converted")
+    config = ScratchGPTConfig.from_pretrained(folder)
+    tensors = _tensors(folder)
+    names = {name: name.removeprefix("transformer.") for name in tensors}
+    by_name = {names[name]: tensor for name, tensor in tensors.items()}
+    dropped = {
+        by_name.pop(name).name: "a causal mask, made anew for each text"
+        for name in list(by_name)
+        if name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+    if config.tie_word_embeddings and "lm_head.weight" in by_name:
+        dropped[by_name.pop("lm_head.weight").name] = "tied to the token embedding"
+    files = ScratchGPTTokenizer.vocab_files_names.values()
+    has_vocabulary = any((folder / name).is_file() for name in files)
+    tokenizer = ScratchGPTTokenizer.from_pretrained(folder) if has_vocabulary else None
+    return GPT2Source(
+        "transformers GPT-2",
+        source,
+        config,
+        by_name,
+        inputs_first=True,
+        dropped=dropped,
+        tokenizer=tokenizer,
+    )
+
+
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors in the folder's weight files, whichever there are."""
+    for single, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", _pickle)):
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return read(folder / single)
+        if index.is_file():
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{index} is no index of weight files") from None
+            tensors: dict[str, StoredTensor] = {}
+            for shard in sorted(shards):
+                if Path(shard).name != shard or not (folder / shard).is_file():
+                    raise ValueError(f"{folder / shard} is missing, and {index} lists it")
+                tensors.update(read(folder / shard))
+            return tensors
+    raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
+
+
+def _safetensors(path: Path) -> dict[str, StoredTensor]:
+    with _open(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return {
+        name: StoredTensor(name, str(path), shape, partial(_read, path, name))
+        for name, shape in shapes.items()
+    }
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    with _open(path) as file:
+        return file.get_tensor(name)
+
+
+def _open(path: Path) -> Any:
+    try:
+        # Read, not mapped: pages of a mapped file count as memory of the process.
+        return safe_open(path, framework="pt", backend="pread")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file ({error})") from None
+
+
+def _pickle(path: Path) -> dict[str, StoredTensor]:
+    content = load_pickle(str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no state dict")
+    return stored_tensors(content, str(path))

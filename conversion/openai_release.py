@@ -4,22 +4,19 @@ It holds `checkpoint`, `hparams.json`, `encoder.json`, `vocab.bpe` and a TensorF
 one variable a weight, `model/h0/attn/c_attn/w` and so on (github.com/openai/gpt-2, src/model.py).
 """
 
-import json
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTTokenizer
-from hf_scratch_gpt.vocabulary_scratch_gpt import END_OF_TEXT
+from hf_scratch_gpt.vocabulary_scratch_gpt import END_OF_TEXT, read_json, read_text
 
-from .sources import GPT2Source
+from .sources import GPT2Source, StoredTensor
 from .tensor_bundle import TensorBundle
 
-
-def is_openai_release(source: str) -> bool:
-    """Whether `source` is a folder of OpenAI's release."""
-    return (Path(source) / "hparams.json").is_file()
+_SIZES = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"}
 
 
 def read_openai_release(source: str) -> GPT2Source:
@@ -32,32 +29,54 @@ def read_openai_release(source: str) -> GPT2Source:
     for name in ("hparams.json", "encoder.json", "vocab.bpe", "checkpoint"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing; an OpenAI release has it")
+    hparams_path = folder / "hparams.json"
+    hparams = read_json(read_text(hparams_path), str(hparams_path))
+    if hparams.keys() != _SIZES or not all(type(size) is int for size in hparams.values()):
+        raise ValueError(
+            f"{hparams_path} should give whole numbers for {', '.join(sorted(_SIZES))}"
+        )
+    bundle = TensorBundle(folder / _checkpoint_name(folder / "checkpoint"))
+    for name, size in (("model/wte", "n_vocab"), ("model/wpe", "n_ctx")):
+        shape = bundle.shapes.get(name, ())
+        if shape != (hparams[size], hparams["n_embd"]):
+            raise ValueError(
+                f"{bundle.index_path}: {name} has shape {list(shape)}, and {hparams_path} says "
+                f"{size} {hparams[size]} and n_embd {hparams['n_embd']}"
+            )
     tokenizer = ScratchGPTTokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
-    hparams = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
+    if len(tokenizer) != hparams["n_vocab"]:
+        raise ValueError(
+            f"{folder / 'encoder.json'} has {len(tokenizer)} tokens, and {hparams_path} says "
+            f"n_vocab {hparams['n_vocab']}"
+        )
     end_of_text = tokenizer.get_vocab()[END_OF_TEXT]
-    config = ScratchGPTConfig(
-        **hparams, bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text
-    )
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
+    config = ScratchGPTConfig(**hparams, **tokens)
     tokenizer.model_max_length = config.max_position_embeddings
 
-    bundle = TensorBundle(folder / _checkpoint_name(folder / "checkpoint"))
-    tensors = {_hf_name(name): _hf_tensor(name, bundle.tensor(name)) for name in bundle.shapes}
+    tensors = {}
+    for name, shape in bundle.shapes.items():
+        # Its matrices are convolutions of width 1, (1, inputs, outputs).
+        is_matrix = name.endswith("/w") and shape[:1] == (1,)
+        tensors[_hf_name(name, bundle.index_path)] = StoredTensor(
+            name,
+            str(folder),
+            shape[1:] if is_matrix else shape,
+            partial(_read, bundle, name, is_matrix),
+        )
     return GPT2Source(
-        origin="OpenAI release",
-        load_arguments={
-            "pretrained_model_name_or_path": None,
-            "config": config,
-            "state_dict": tensors,
-        },
-        tokenizer=tokenizer,
+        "OpenAI release", source, config, tensors, inputs_first=True, tokenizer=tokenizer
     )
+
+
+def _read(bundle: TensorBundle, name: str, is_matrix: bool) -> torch.Tensor:
+    tensor = bundle.tensor(name)
+    return tensor.squeeze(0) if is_matrix else tensor
 
 
 def _checkpoint_name(path: Path) -> str:
     """The checkpoint that the text file `path` names; always a file beside it."""
-    match = re.search(
-        r'^model_checkpoint_path: "([^"/\\]+)"$', path.read_text(encoding="utf-8"), re.MULTILINE
-    )
+    match = re.search(r'^model_checkpoint_path: "([^"/\\]+)"$', read_text(path), re.MULTILINE)
     if match is None or match[1] in (".", ".."):
         raise ValueError(
             f"{path} names no checkpoint beside it; its first line should be "
@@ -66,17 +85,12 @@ def _checkpoint_name(path: Path) -> str:
     return match[1]
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, index_path: Path) -> str:
     """transformers' name of OpenAI's variable: model/h0/ln_1/g is h.0.ln_1.weight."""
     match = re.fullmatch(r"model/(?:h(\d+)/)?(.+)", name)
     if match is None:
-        raise ValueError(f"{name} is no variable of GPT-2; their names begin with model/")
+        raise ValueError(f"{index_path}: {name!r} is no variable of GPT-2")
     leaves = {"w": "weight", "g": "weight", "b": "bias"}
     *modules, leaf = match[2].split("/")
     parts = [*modules, leaves[leaf]] if leaf in leaves else [*modules, leaf, "weight"]
     return ".".join(parts if match[1] is None else ["h", match[1], *parts])
-
-
-def _hf_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in transformers' shape; OpenAI's matrices are convolutions, (1, in, out)."""
-    return tensor.squeeze(0) if name.endswith("/w") else tensor

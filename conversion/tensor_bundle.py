@@ -7,7 +7,6 @@ BundleEntryProto (tensorflow/core/protobuf/tensor_bundle.proto), that says where
 lie.
 """
 
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +45,6 @@ class TensorBundle:
     def __init__(self, prefix: Path) -> None:
         self.index_path = prefix.with_name(prefix.name + ".index")
         self._prefix = prefix
-        self._shards: dict[int, memoryview] = {}
         entries = dict(_read_table(self.index_path))
         if b"" not in entries:
             raise ValueError(
@@ -68,7 +66,7 @@ class TensorBundle:
         return {name: tuple(entry.shape) for name, entry in self._entries.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The float32 tensor `name`, backed by the mapped file.
+        """Read the float32 tensor `name`.
 
         Raises:
             ValueError: its bytes are missing, or do not match their checksum.
@@ -78,44 +76,41 @@ class TensorBundle:
             raise ValueError(
                 f"{self.index_path}: {name} has data type {entry.dtype}; only float32 (1) is read"
             )
-        shard_path, data = self._shard(entry.shard)
-        where = f"{shard_path}: {name}"
+        shard = self._prefix.with_name(
+            f"{self._prefix.name}.data-{entry.shard:05d}-of-{self.num_shards:05d}"
+        )
+        where = f"{shard}: {name}"
+        if not shard.is_file():
+            raise ValueError(f"{shard} is missing, and {name} lies in it")
         expected = 4 * torch.Size(entry.shape).numel()
         if entry.size != expected:
             raise ValueError(
                 f"{where} has {entry.size} bytes, but its shape {entry.shape} takes {expected}"
             )
-        if entry.offset + entry.size > len(data):
+        if entry.offset + entry.size > shard.stat().st_size:
             raise ValueError(
-                f"{where} ends at byte {entry.offset + entry.size}, past the file's {len(data)}: "
-                "the file is cut short; fetch it again"
+                f"{where} ends at byte {entry.offset + entry.size}, past the file's "
+                f"{shard.stat().st_size}: the file is cut short; fetch it again"
             )
-        piece = data[entry.offset : entry.offset + entry.size]
-        if _masked_crc(piece) != entry.checksum:
-            raise ValueError(
-                f"{where} does not match its checksum: the file is damaged; fetch it again"
-            )
-        return torch.frombuffer(piece, dtype=torch.float32).reshape(entry.shape)
-
-    def _shard(self, number: int) -> tuple[Path, memoryview]:
-        path = self._prefix.with_name(
-            f"{self._prefix.name}.data-{number:05d}-of-{self.num_shards:05d}"
-        )
-        if number not in self._shards:
-            # A private mapping: torch wants memory that may be written to, the file stays as it is.
-            with path.open("rb") as file:
-                mapped = (
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-                    if path.stat().st_size
-                    else b""
-                )
-            self._shards[number] = memoryview(mapped)
-        return path, self._shards[number]
+        data = bytearray(entry.size)
+        with shard.open("rb") as file:
+            file.seek(entry.offset)
+            file.readinto(data)
+        if _masked_crc(data) != entry.checksum:
+            raise ValueError(f"{where} does not match its checksum: it is damaged; fetch it again")
+        if not data:
+            return torch.empty(entry.shape)
+        return torch.frombuffer(data, dtype=torch.float32).reshape(entry.shape)
 
 
-def _masked_crc(data: memoryview | bytes) -> int:
+_CHUNK = 1 << 24
+
+
+def _masked_crc(data: bytearray | bytes) -> int:
     """CRC-32C, rotated and shifted as LevelDB stores it."""
-    crc = int(google_crc32c.value(bytes(data)))
+    crc = 0
+    for start in range(0, len(data), _CHUNK):
+        crc = google_crc32c.extend(crc, bytes(data[start : start + _CHUNK]))
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -174,6 +169,8 @@ def _parse_entry(message: bytes, path: Path) -> _Entry:
 
 def _read_table(path: Path) -> Iterator[tuple[bytes, bytes]]:
     """Keys and values of a sorted string table."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
     data = path.read_bytes()
     if len(data) < _FOOTER_SIZE or int.from_bytes(data[-8:], "little") != _MAGIC:
         raise ValueError(

@@ -1,54 +1,98 @@
-"""The one table of rules between the names and layouts of GPT-2 checkpoints and ours.
+"""The one table between the tensor names and layouts of GPT-2 checkpoints and ours.
 
-`from_pretrained` applies it to every GPT-2 checkpoint in transformers' format, and conversion to
-OpenAI's release, once its tensors go by transformers' names. A rule that matches nothing does
-nothing, so our own checkpoints load untouched.
+`from_pretrained` applies it to every GPT-2 checkpoint in transformers' format while loading, and
+the scripts in `conversion` to every other format, and backwards for export. A rule that matches
+nothing does nothing, so our own checkpoints load untouched.
 """
+
+from dataclasses import dataclass
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
 
-def _rename(source: str, target: str) -> WeightRenaming:
-    return WeightRenaming(source_patterns=source, target_patterns=target)
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of GPT-2 and what it is called elsewhere; `{}` stands for the number of the layer.
+
+    Args:
+        gpt2: transformers' name in a base model.
+        ours: our names in a base model; several are equal parts along the outputs, in this order.
+        textbook: the names of the from-scratch textbook, one for each of ours.
+        is_matrix: whether it is a weight of a linear layer, which transformers' GPT-2 and OpenAI's
+            hold as (inputs, outputs), everyone else as (outputs, inputs).
+    """
+
+    gpt2: str
+    ours: tuple[str, ...]
+    textbook: tuple[str, ...]
+    is_matrix: bool = False
+
+    @property
+    def in_block(self) -> bool:
+        """Whether every layer has such a tensor."""
+        return "{}" in self.gpt2
 
 
-def _transpose(source: str, *targets: str) -> WeightConverter:
-    """GPT-2 multiplies by (inputs, outputs) matrices; nn.Linear holds (outputs, inputs)."""
-    split = [Chunk(dim=0)] if len(targets) > 1 else []
-    return WeightConverter([source], list(targets), operations=[Transpose(0, 1), *split])
+def _norm(gpt2: str, ours: str, textbook: str) -> list[Rule]:
+    return [
+        Rule(f"{gpt2}.weight", (f"{ours}.weight",), (f"{textbook}.scale",)),
+        Rule(f"{gpt2}.bias", (f"{ours}.bias",), (f"{textbook}.shift",)),
+    ]
 
 
-# Renamings come first, all that match; then at most one conversion, by the end of the renamed name.
+def _linear(gpt2: str, ours: tuple[str, ...], textbook: tuple[str, ...]) -> list[Rule]:
+    return [
+        Rule(
+            f"h.{{}}.{gpt2}.{kind}",
+            tuple(f"layers.{{}}.{name}.{kind}" for name in ours),
+            tuple(f"trf_blocks.{{}}.{name}.{kind}" for name in textbook),
+            is_matrix=kind == "weight",
+        )
+        for kind in ("weight", "bias")
+    ]
+
+
+_QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+_TEXTBOOK_QKV = ("att.W_query", "att.W_key", "att.W_value")
+TABLE: list[Rule] = [
+    Rule("wte.weight", ("embed_tokens.weight",), ("tok_emb.weight",)),
+    Rule("wpe.weight", ("embed_positions.weight",), ("pos_emb.weight",)),
+    *_norm("h.{}.ln_1", "layers.{}.input_layernorm", "trf_blocks.{}.norm1"),
+    *_linear("attn.c_attn", _QKV, _TEXTBOOK_QKV),
+    *_linear("attn.c_proj", ("self_attn.o_proj",), ("att.out_proj",)),
+    *_norm("h.{}.ln_2", "layers.{}.post_attention_layernorm", "trf_blocks.{}.norm2"),
+    *_linear("mlp.c_fc", ("mlp.up_proj",), ("ff.layers.0",)),
+    *_linear("mlp.c_proj", ("mlp.down_proj",), ("ff.layers.2",)),
+    *_norm("ln_f", "norm", "final_norm"),
+]
+
+
+def _loading_rules(rule: Rule) -> WeightRenaming | WeightConverter:
+    """`rule` as transformers applies it while loading, after `h.` has become `layers.`."""
+    if not rule.in_block:
+        return WeightRenaming(rf"^(?:transformer\.)?{rule.gpt2}", rule.ours[0])
+    source = rule.gpt2.removeprefix("h.{}.")
+    targets = [name.removeprefix("layers.{}.") for name in rule.ours]
+    if not rule.is_matrix and len(targets) == 1:
+        return WeightRenaming(rf"\.{source}", f".{targets[0]}")
+    operations = [Transpose(0, 1)] if rule.is_matrix else []
+    if len(targets) > 1:
+        operations.append(Chunk(dim=0))
+    return WeightConverter([source], targets, operations=operations)
+
+
 # Both layouts occur: `transformer.h.0...` of a language model and `h.0...` of a base model.
 BASE_MODEL_RULES = [
-    _rename(r"^(?:transformer\.)?wte\.", "embed_tokens."),
-    _rename(r"^(?:transformer\.)?wpe\.", "embed_positions."),
-    _rename(r"^(?:transformer\.)?ln_f\.", "norm."),
-    _rename(r"^(?:transformer\.)?h\.", "layers."),
-    _rename(r"\.ln_1\.", ".input_layernorm."),
-    _rename(r"\.ln_2\.", ".post_attention_layernorm."),
-    _rename(r"\.attn\.", ".self_attn."),
-    _rename(r"self_attn\.c_proj\.bias", "self_attn.o_proj.bias"),
-    _rename(r"mlp\.c_fc\.bias", "mlp.up_proj.bias"),
-    _rename(r"mlp\.c_proj\.bias", "mlp.down_proj.bias"),
-    _transpose("self_attn.c_attn.weight", *(f"self_attn.{name}_proj.weight" for name in "qkv")),
-    WeightConverter(
-        ["self_attn.c_attn.bias"],
-        [f"self_attn.{name}_proj.bias" for name in "qkv"],
-        operations=[Chunk(dim=0)],
-    ),
-    _transpose("self_attn.c_proj.weight", "self_attn.o_proj.weight"),
-    _transpose("mlp.c_fc.weight", "mlp.up_proj.weight"),
-    _transpose("mlp.c_proj.weight", "mlp.down_proj.weight"),
+    WeightRenaming(r"^(?:transformer\.)?h\.", "layers."),
+    *map(_loading_rules, TABLE),
 ]
-TOKEN_CLASSIFICATION_RULES = [_rename(r"^classifier\.", "score.")]
+TOKEN_CLASSIFICATION_RULES = [WeightRenaming(r"^classifier\.", "score.")]
 
 
 def register_gpt2_rules() -> None:
     """Let `from_pretrained` of every model here read GPT-2 checkpoints."""
-    # By class name: while a GPT-2 checkpoint loads, transformers still looks up its model type,
-    # "gpt2".
+    # By class name, since the heads share one model type and one of them has a rule of its own.
     register_checkpoint_conversion_mapping("ScratchGPTModel", BASE_MODEL_RULES, overwrite=True)
     register_checkpoint_conversion_mapping(
         "ScratchGPTForTokenClassification", TOKEN_CLASSIFICATION_RULES, overwrite=True

@@ -51,7 +51,7 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": MultiHeadAttention}
     # Old GPT-2 files carry the causal mask as a buffer of each attention; the name is what the
     # loading rules make of it.
-    _keys_to_ignore_on_load_unexpected = [r"self_attn\.(masked_)?bias$"]
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]
 
     def __init__(self, config: ScratchGPTConfig) -> None:
         if config.model_type != "scratch_gpt":

@@ -97,7 +97,7 @@ def test_a_tensor_that_belongs_nowhere_is_reported(gpt2_folder, tmp_path, logged
     del tensors["transformer.h.3.mlp.c_fc.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     _, report = ScratchGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert report["unexpected_keys"] == {"layers.0.self_attn.surprise"}
+    assert report["unexpected_keys"] == {"layers.0.attn.surprise"}
     assert report["missing_keys"] == {"model.layers.3.mlp.up_proj.weight"}
     assert any("surprise" in warning for warning in logged_warnings)
 

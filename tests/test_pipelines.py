@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer, pipeline
 
-from conversion.convert_gpt2 import convert
+from conversion.convert_gpt2 import main as convert
 from hf_scratch_gpt import (
     ScratchGPTConfig,
     ScratchGPTForCausalLM,
@@ -19,7 +19,7 @@ TEXTS = ["The cat", "A longer text, with a mat"]
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, openai_tiny):
     folder = tmp_path_factory.mktemp("converted") / "tiny"
-    convert(str(openai_tiny), str(folder))
+    assert convert([str(openai_tiny), str(folder)]) == 0
     return folder
 
 

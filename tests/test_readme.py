@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from conversion.convert_gpt2 import convert
+from conversion.convert_gpt2 import main as convert
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,7 +15,7 @@ def blocks(language: str) -> list[str]:
 
 def test_python_blocks_run(openai_tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    convert(str(openai_tiny), "out/tiny")
+    assert convert([str(openai_tiny), "out/tiny"]) == 0
     assert len(blocks("python")) == 3
     names: dict[str, object] = {}
     for block in blocks("python"):
@@ -27,7 +27,8 @@ def test_python_blocks_run(openai_tiny, tmp_path, monkeypatch):
 
 def test_python_of_the_first_command_runs(openai_tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    convert(str(openai_tiny), "out/tiny")
+    assert convert([str(openai_tiny), "out/tiny"]) == 0
+    capsys.readouterr()
     first, _ = blocks("bash")
     exec(re.search(r'-c "\n(.*)"', first, flags=re.DOTALL)[1], {})
     assert capsys.readouterr().out.startswith("Hello, world")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from conversion.convert_gpt2 import convert
+from conversion.convert_gpt2 import main as convert
 from hf_scratch_gpt import (
     ScratchGPTForCausalLM,
     ScratchGPTForQuestionAnswering,
@@ -58,7 +58,7 @@ tokenizer.save_pretrained(sys.argv[2])
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, openai_tiny):
     folder = tmp_path_factory.mktemp("converted") / "tiny"
-    convert(str(openai_tiny), str(folder))
+    assert convert([str(openai_tiny), str(folder)]) == 0
     return folder
 
 

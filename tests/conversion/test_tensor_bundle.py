@@ -31,7 +31,9 @@ def test_index_of_the_real_release(release):
 
 
 def test_missing_shard_is_named(release):
-    with pytest.raises(FileNotFoundError, match="data-00000-of-00001"):
+    with pytest.raises(
+        ValueError, match="data-00000-of-00001 is missing, and model/wte lies in it"
+    ):
         TensorBundle(release / "model.ckpt").tensor("model/wte")
 
 

@@ -1,0 +1,407 @@
+"""Every format, written here by an independent few lines from its public description."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2TokenizerFast
+
+from conversion.convert_gpt2 import main
+from conversion.export_gpt2 import main as export
+from conversion.verify import main as verify
+from hf_scratch_gpt import ScratchGPTForCausalLM
+
+from ..models import random_gpt2
+
+LAYERS, HEADS, WIDTH, POSITIONS, VOCABULARY = 11, 2, 16, 24, 60
+LINEARS = {"qkv": (48, 16), "proj": (16, 16), "fc": (64, 16), "back": (16, 64)}
+
+
+def random_weights(bias=True, vocabulary=VOCABULARY):
+    """Weights of a GPT by short names; matrices are (outputs, inputs)."""
+    weights = {"tok": torch.randn(vocabulary, WIDTH), "pos": torch.randn(POSITIONS, WIDTH)}
+    for layer in range(LAYERS):
+        for name, shape in LINEARS.items():
+            weights[f"{layer}.{name}.w"] = torch.randn(shape) * 0.2
+            weights[f"{layer}.{name}.b"] = torch.randn(shape[0]) * 0.2 * bias
+        for name in ("ln1", "ln2"):
+            weights[f"{layer}.{name}.w"] = 1 + torch.randn(WIDTH) * 0.2
+            weights[f"{layer}.{name}.b"] = torch.randn(WIDTH) * 0.2 * bias
+    weights["lnf.w"] = 1 + torch.randn(WIDTH) * 0.2
+    weights["lnf.b"] = torch.randn(WIDTH) * 0.2 * bias
+    return weights
+
+
+def forward(weights, ids, gelu, head=None):
+    """Logits by the formulas of the paper."""
+
+    def norm(x, name):
+        return F.layer_norm(x, (WIDTH,), weights[f"{name}.w"], weights[f"{name}.b"])
+
+    def linear(x, name):
+        return x @ weights[f"{name}.w"].T + weights[f"{name}.b"]
+
+    x = weights["tok"][ids] + weights["pos"][: ids.shape[1]]
+    for layer in range(LAYERS):
+        q, k, v = linear(norm(x, f"{layer}.ln1"), f"{layer}.qkv").split(WIDTH, dim=-1)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (q, k, v))
+        scores = (q @ k.mT / (WIDTH // HEADS) ** 0.5).masked_fill(
+            torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool(), float("-inf")
+        )
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{layer}.proj")
+        hidden = F.gelu(linear(norm(x, f"{layer}.ln2"), f"{layer}.fc"), approximate=gelu)
+        x = x + linear(hidden, f"{layer}.back")
+    return norm(x, "lnf") @ (weights["tok"] if head is None else head).T
+
+
+def nanogpt(path, weights, bias=True, prefix="", vocabulary=VOCABULARY):
+    names = {"qkv": "attn.c_attn", "proj": "attn.c_proj", "fc": "mlp.c_fc", "back": "mlp.c_proj"}
+    names |= {"ln1": "ln_1", "ln2": "ln_2"}
+    state = {"transformer.wte.weight": weights["tok"], "transformer.wpe.weight": weights["pos"]}
+    state["lm_head.weight"] = weights["tok"]
+    for layer in range(LAYERS):
+        for short, name in names.items():
+            state[f"transformer.h.{layer}.{name}.weight"] = weights[f"{layer}.{short}.w"]
+            state[f"transformer.h.{layer}.{name}.bias"] = weights[f"{layer}.{short}.b"]
+        state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, POSITIONS, POSITIONS).tril()
+    state["transformer.ln_f.weight"] = weights["lnf.w"]
+    state["transformer.ln_f.bias"] = weights["lnf.b"]
+    if not bias:
+        state = {
+            n: t for n, t in state.items() if not n.endswith("bias") or n.endswith(".attn.bias")
+        }
+    arguments = dict(n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, block_size=POSITIONS)
+    arguments |= dict(bias=bias, vocab_size=vocabulary, dropout=0.0)
+    model = {prefix + name: tensor for name, tensor in state.items()}
+    torch.save({"model": model, "model_args": arguments, "iter_num": 5, "config": {}}, path)
+
+
+def textbook(path, weights, head=None, qkv_bias=True, wrapped=False):
+    state = {"tok_emb.weight": weights["tok"], "pos_emb.weight": weights["pos"]}
+    for layer in range(LAYERS):
+        block = f"trf_blocks.{layer}."
+        for kind, short in (("weight", "w"), ("bias", "b")):
+            parts = weights[f"{layer}.qkv.{short}"].chunk(3)
+            for name, part in zip(("query", "key", "value"), parts, strict=True):
+                if kind == "weight" or qkv_bias:
+                    state[f"{block}att.W_{name}.{kind}"] = part.clone()
+            state[f"{block}att.out_proj.{kind}"] = weights[f"{layer}.proj.{short}"]
+            state[f"{block}ff.layers.0.{kind}"] = weights[f"{layer}.fc.{short}"]
+            state[f"{block}ff.layers.2.{kind}"] = weights[f"{layer}.back.{short}"]
+        for kind, short in (("scale", "w"), ("shift", "b")):
+            state[f"{block}norm1.{kind}"] = weights[f"{layer}.ln1.{short}"]
+            state[f"{block}norm2.{kind}"] = weights[f"{layer}.ln2.{short}"]
+        state[f"{block}att.mask"] = torch.ones(POSITIONS, POSITIONS).triu(1)
+    state["final_norm.scale"], state["final_norm.shift"] = weights["lnf.w"], weights["lnf.b"]
+    state["out_head.weight"] = weights["tok"] if head is None else head
+    torch.save({"model_state_dict": state} if wrapped else state, path)
+
+
+def llmc(path, weights, version=3, padded=64):
+    dtype = {3: torch.float32, 5: torch.bfloat16}[version]
+    header = [20240326, version, POSITIONS, VOCABULARY, LAYERS, HEADS, WIDTH, padded]
+    rows = F.pad(weights["tok"], (0, 0, 0, padded - VOCABULARY))
+    order = [rows, weights["pos"]]
+    for name in ("ln1.w", "ln1.b", "qkv.w", "qkv.b", "proj.w", "proj.b", "ln2.w", "ln2.b"):
+        order += [weights[f"{layer}.{name}"] for layer in range(LAYERS)]
+    for name in ("fc.w", "fc.b", "back.w", "back.b"):
+        order += [weights[f"{layer}.{name}"] for layer in range(LAYERS)]
+    order += [weights["lnf.w"], weights["lnf.b"]]
+    data = b"".join(t.to(dtype).view(torch.uint8).contiguous().numpy().tobytes() for t in order)
+    path.write_bytes(struct.pack("256i", *header, *[0] * (256 - len(header))) + data)
+
+
+@torch.no_grad()
+def assert_converts(source, out, expected, *arguments, atol=1e-5):
+    """The converted model gives the logits `expected(ids)`."""
+    assert main([str(source), str(out), *arguments]) == 0
+    model = ScratchGPTForCausalLM.from_pretrained(out)
+    ids = torch.randint(0, model.config.vocab_size, (2, 20))
+    torch.testing.assert_close(model(ids).logits.float(), expected(ids), atol=atol, rtol=0)
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt(bias, prefix, tmp_path):
+    weights = random_weights(bias)
+    nanogpt(tmp_path / "ckpt.pt", weights, bias, prefix)
+    model = assert_converts(
+        tmp_path, tmp_path / "out", lambda ids: forward(weights, ids, "none"), atol=2e-5
+    )
+    assert model.config.qkv_bias is bias
+
+
+def test_nanogpts_padding_is_cut_off(tmp_path, capsys):
+    weights = random_weights(vocabulary=50304)
+    nanogpt(tmp_path / "ckpt.pt", weights, vocabulary=50304)
+
+    def expected(ids):
+        return forward(weights, ids, "none")[..., :50257]
+
+    model = assert_converts(tmp_path / "ckpt.pt", tmp_path / "out", expected, atol=2e-5)
+    assert (model.config.vocab_size, model.config.eos_token_id) == (50257, 50256)
+    assert "last 47 rows: padding of the vocabulary" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_textbook(tied, qkv_bias, wrapped, tmp_path):
+    weights = random_weights()
+    if not qkv_bias:
+        for layer in range(LAYERS):
+            weights[f"{layer}.qkv.b"].zero_()
+    head = None if tied else torch.randn(VOCABULARY, WIDTH)
+    textbook(tmp_path / "model.pth", weights, head, qkv_bias, wrapped)
+    model = assert_converts(
+        tmp_path / "model.pth",
+        tmp_path / "out",
+        lambda ids: forward(weights, ids, "tanh", head),
+        "--num-heads",
+        str(HEADS),
+        atol=2e-5,
+    )
+    assert (model.config.tie_word_embeddings, model.config.qkv_bias) == (tied, qkv_bias)
+
+
+def test_textbook_needs_the_number_of_heads(tmp_path, capsys):
+    textbook(tmp_path / "model.pth", random_weights())
+    assert main([str(tmp_path / "model.pth"), str(tmp_path / "out")]) == 1
+    assert "pass --num-heads or --preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("version", "atol"), [(3, 2e-5), (5, 0.5)])
+def test_llmc(version, atol, tmp_path):
+    weights = random_weights()
+    llmc(tmp_path / "model.bin", weights, version)
+    model = assert_converts(
+        tmp_path / "model.bin",
+        tmp_path / "out",
+        lambda ids: forward(weights, ids, "tanh"),
+        atol=atol,
+    )
+    assert model.dtype == (torch.float32 if version == 3 else torch.bfloat16)
+    assert model.config.vocab_size == VOCABULARY
+    exact = weights["3.fc.w"].to(model.dtype)
+    assert torch.equal(model.model.layers[3].mlp.up_proj.weight, exact)
+
+
+def test_a_vocabulary_from_elsewhere(openai_tiny, tmp_path, capsys):
+    weights = random_weights(vocabulary=400)
+    nanogpt(tmp_path / "ckpt.pt", weights, vocabulary=400)
+    arguments = [str(tmp_path / "ckpt.pt"), str(tmp_path / "out"), "--tokenizer", str(openai_tiny)]
+    assert main(arguments) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 400
+    nanogpt(tmp_path / "small.pt", random_weights())
+    assert main([str(tmp_path / "small.pt"), str(tmp_path / "small"), *arguments[2:]]) == 1
+    assert "vocabulary has 400 tokens, and the model" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_round_trip_is_exact_and_the_export_is_gpt2s(openai_tiny, tmp_path):
+    assert main([str(openai_tiny), str(tmp_path / "ours")]) == 0
+    assert export([str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    assert main([str(tmp_path / "theirs"), str(tmp_path / "again")]) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "again"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+
+    ids = torch.randint(0, 400, (2, 20))
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "theirs")
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert isinstance(tokenizer, GPT2TokenizerFast)
+    assert (
+        tokenizer("Hello 😀").input_ids
+        == AutoTokenizer.from_pretrained(tmp_path / "ours")("Hello 😀").input_ids
+    )
+    assert verify([str(openai_tiny), str(tmp_path / "ours")]) == 0
+
+
+def test_export_of_an_untied_model_without_biases(tmp_path):
+    weights, head = random_weights(), torch.randn(VOCABULARY, WIDTH)
+    textbook(tmp_path / "model.pth", weights, head, qkv_bias=False)
+    assert main([str(tmp_path / "model.pth"), str(tmp_path / "ours"), "--num-heads", "2"]) == 0
+    assert export([str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    ids = torch.randint(0, VOCABULARY, (2, 20))
+    with torch.no_grad():
+        expected = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")(ids).logits
+        logits = GPT2LMHeadModel.from_pretrained(tmp_path / "theirs")(ids).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_verification_notices_another_model(openai_tiny, tmp_path, capsys):
+    assert main([str(openai_tiny), str(tmp_path / "out")]) == 0
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"] += 0.01
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert verify([str(openai_tiny), str(tmp_path / "out")]) == 1
+    assert "the conversion is wrong" in capsys.readouterr().err
+
+
+# Bad sources, by format. A state dict is spoilt before it is written, a file afterwards.
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/this-must-not-exist",)
+
+
+def write_source(kind, folder, change):
+    """A source of `kind` whose state dict `change` has spoilt; the arguments that convert it."""
+    folder.mkdir()
+    if kind == "hf":
+        random_gpt2(n_layer=LAYERS).save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors, "transformer.h.10.mlp.c_fc.weight")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return [str(folder)]
+    if kind == "hf pickle":
+        random_gpt2(n_layer=LAYERS).save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        change(tensors, "transformer.h.10.mlp.c_fc.weight")
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return [str(folder)]
+    if kind == "nanogpt":
+        nanogpt(folder / "ckpt.pt", random_weights())
+        content = torch.load(folder / "ckpt.pt")
+        change(content["model"], "transformer.h.10.mlp.c_fc.weight")
+        torch.save(content, folder / "ckpt.pt")
+        return [str(folder)]
+    textbook(folder / "model.pth", random_weights())
+    content = torch.load(folder / "model.pth")
+    change(content, "trf_blocks.10.ff.layers.0.weight")
+    torch.save(content, folder / "model.pth")
+    return [str(folder / "model.pth"), "--num-heads", "2"]
+
+
+def nothing(state, name):
+    pass
+
+
+def remove(state, name):
+    del state[name]
+
+
+def add(state, name):
+    state[f"{name}.surprise"] = torch.ones(3)
+
+
+def misshape(state, name):
+    state[name] = state[name][:-1].clone()
+
+
+def poison(state, name):
+    state[name] = state[name].clone()
+    state[name][0, 0] = float("nan")
+
+
+SPOILT = {
+    "missing tensor": (remove, r"lacks the tensors \S*10\.\S+weight"),
+    "extra tensor": (add, r"has tensors that GPT-2 has not: \S+surprise"),
+    "wrong shape": (misshape, r"\S+10\.\S+weight has shape \[\d+, \d+\], and the configuration"),
+    "NaN": (poison, r"\S+10\.\S+weight holds NaN or infinity"),
+}
+KINDS = ["hf", "hf pickle", "nanogpt", "textbook"]
+
+
+def assert_refused(arguments, out, message, capsys):
+    assert main([arguments[0], str(out), *arguments[1:]]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(rf"error: .*{message}", error), error
+    assert not out.exists()
+    assert not list(out.parent.glob(f".{out.name}-*"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", SPOILT)
+def test_spoilt_tensors_are_refused(case, kind, tmp_path, capsys):
+    change, message = SPOILT[case]
+    arguments = write_source(kind, tmp_path / "source", change)
+    assert_refused(arguments, tmp_path / "out", message, capsys)
+
+
+def weight_file(folder):
+    return max(
+        (path for path in folder.iterdir() if path.suffix != ".json"),
+        key=lambda path: path.stat().st_size,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "flipped bit", "runs code"])
+def test_damaged_files_are_refused(damage, kind, tmp_path, capsys):
+    arguments = write_source(kind, tmp_path / "source", nothing)
+    path = weight_file(tmp_path / "source")
+    data = path.read_bytes()
+    if damage == "flipped bit":
+        if kind == "hf":
+            pytest.skip("safetensors has no checksum to notice it by")
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+            place = data.index(archive.read(largest)[:64])
+        data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    elif damage == "runs code":
+        if kind == "hf":
+            pytest.skip("safetensors holds no code")
+        data = pickle.dumps({"model": RunsCode(), "tok_emb.weight": RunsCode()})
+    else:
+        data = {"cut": data[: len(data) // 2], "text": b"Hello, world!\n" * 50, "empty": b""}[
+            damage
+        ]
+    path.write_bytes(data)
+    assert_refused(arguments, tmp_path / "out", rf"\S*{path.name}", capsys)
+    assert not os.path.exists("/tmp/this-must-not-exist")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-100], r"model\.bin has \d+ bytes, and the sizes in its header take"),
+        (lambda data: data + b"xxxx", r"model\.bin has \d+ bytes"),
+        (lambda data: data[:4] + struct.pack("i", 7) + data[8:], r"version 7; versions 3 and 5"),
+        (lambda data: data[:16] + struct.pack("i", -3) + data[20:], r"num_hidden_layers=-3"),
+        (lambda data: data[:500], r"does not begin like a checkpoint of llm\.c"),
+        (
+            lambda data: data[:2000] + struct.pack("f", float("nan")) + data[2004:],
+            r"wte\.weight holds NaN or infinity",
+        ),
+    ],
+    ids=["cut", "longer", "version", "negative size", "header cut", "NaN"],
+)
+def test_spoilt_llmc_files_are_refused(change, message, tmp_path, capsys):
+    llmc(tmp_path / "model.bin", random_weights())
+    path = tmp_path / "model.bin"
+    path.write_bytes(change(path.read_bytes()))
+    assert_refused([str(path)], tmp_path / "out", message, capsys)
+
+
+@pytest.mark.parametrize("name", ["empty", "textfile", "binary"])
+def test_sources_that_are_nothing(name, tmp_path, capsys):
+    source = tmp_path / name
+    if name == "empty":
+        source.mkdir()
+    else:
+        source.write_bytes(b"just text\n" if name == "textfile" else os.urandom(5000))
+    assert_refused([str(source)], tmp_path / "out", rf"\S*{name}", capsys)
+
+
+def test_hf_config_that_disagrees(tmp_path, capsys):
+    arguments = write_source("hf", tmp_path / "source", nothing)
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "n_embd": 64}))
+    assert_refused(arguments, tmp_path / "out", r"wte\.weight has shape \[97, 32\]", capsys)
+    shutil.rmtree(tmp_path / "source")

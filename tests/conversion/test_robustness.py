@@ -1,0 +1,114 @@
+"""No input, and no moment of being killed, leaves anything but a clean error and a clean folder."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conversion.assemble import assemble
+from conversion.openai_release import read_openai_release
+from hf_scratch_gpt import ScratchGPTForCausalLM
+
+NAMES = ["checkpoint", "hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
+SHARD = "model.ckpt.data-00000-of-00001"
+ROOT = Path(__file__).parents[2]
+
+
+@st.composite
+def mutations(draw):
+    """A file of the release, and what to do to its bytes."""
+    name = draw(st.sampled_from([*NAMES, "model.ckpt.index", SHARD]))
+    kind = draw(st.sampled_from(["flip", "cut", "insert", "delete", "repeat", "replace"]))
+    return name, kind, draw(st.floats(0, 1)), draw(st.binary(min_size=1, max_size=12))
+
+
+def mutate(data, kind, where, content):
+    place = int(where * max(0, len(data) - 1))
+    if kind == "flip":
+        return data[:place] + bytes([data[place] ^ (content[0] or 1)]) + data[place + 1 :]
+    if kind == "cut":
+        return data[:place]
+    if kind == "insert":
+        return data[:place] + content + data[place:]
+    if kind == "delete":
+        return data[:place] + data[place + len(content) :]
+    if kind == "repeat":
+        return data[:place] + data[place : place + 200] + data[place:]
+    return data[:place] + content + data[place + len(content) :]
+
+
+@pytest.fixture(scope="module")
+def workplace(openai_tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mutated") / "release"
+    shutil.copytree(openai_tiny, folder)
+    return folder
+
+
+@settings(
+    max_examples=2000,
+    deadline=5000,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(mutation=mutations())
+def test_mutated_releases_convert_or_are_refused_cleanly(mutation, workplace, openai_tiny):
+    name, kind, where, content = mutation
+    original = (openai_tiny / name).read_bytes()
+    (workplace / name).write_bytes(mutate(original, kind, where, content))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        assemble(read_openai_release(str(workplace)))
+    except ValueError:
+        pass
+    finally:
+        (workplace / name).write_bytes(original)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200_000  # kilobytes
+
+
+def test_real_index_with_a_shard_of_random_bytes(tmp_path):
+    release = os.environ.get("GPT2_RELEASE_DIR")
+    if not release:
+        pytest.skip("GPT2_RELEASE_DIR does not name the folder of OpenAI's 117M release")
+    for path in Path(release).iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    with (tmp_path / SHARD).open("wb") as file:
+        file.truncate(497_759_232)
+        file.write(random.Random(0).randbytes(1 << 20))
+    with pytest.raises(ValueError, match=rf"{SHARD}: model/\S+ does not match its checksum"):
+        assemble(read_openai_release(str(tmp_path)))
+
+
+def test_killed_conversions_leave_nothing_and_the_next_one_succeeds(openai_tiny, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "conversion.convert_gpt2", str(openai_tiny), str(out)]
+    start = time.monotonic()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    whole = time.monotonic() - start
+    shutil.rmtree(out)
+    moments = random.Random(0)
+    for _ in range(10):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # most of the time goes into importing; the conversion itself is at the end
+        time.sleep(whole * moments.uniform(0.6, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if out.exists():  # it was done before the signal came
+            assert torch.isfinite(ScratchGPTForCausalLM.from_pretrained(out).lm_head.weight).all()
+            shutil.rmtree(out)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    ScratchGPTForCausalLM.from_pretrained(out)

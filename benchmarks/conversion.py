@@ -1,7 +1,7 @@
 """Memory and time of a conversion, beside loading and saving with transformers.
 
-`python -m benchmarks.conversion WORKPLACE [--preset gpt2-xl]` writes a random GPT-2 of that size to the
-folder WORKPLACE and converts it; each way runs in a process of its own, in turns.
+`python -m benchmarks.conversion WORKPLACE [--preset gpt2-xl]` writes a random GPT-2 of that size to
+the folder WORKPLACE and converts it; each way runs in a process of its own, in turns.
 """
 
 import argparse

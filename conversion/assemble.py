@@ -54,14 +54,14 @@ def assemble(source: GPT2Source, dtype: torch.dtype | None = None) -> dict[str, 
         expected = [shapes[name] for name in names]
         parts = _parts(rule, stored, expected, source)
         for name, part in zip(names, parts, strict=True):
-            ours[name] = part.to(dtype or part.dtype).contiguous().clone()
+            ours[name] = _owned(part, len(parts), dtype)
     if not source.config.tie_word_embeddings:
         head = "out_head.weight" if source.textbook else "lm_head.weight"
         if head in left:
             stored_head = left.pop(head)
             _check_shape(stored_head, shapes["lm_head.weight"])
             tensor = _finite(stored_head)
-            ours["lm_head.weight"] = tensor.to(dtype or tensor.dtype).contiguous().clone()
+            ours["lm_head.weight"] = _owned(tensor, 1, dtype)
         else:
             missing.append(head)
     if missing:
@@ -101,11 +101,19 @@ def _check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
 
 def _finite(stored: StoredTensor) -> torch.Tensor:
     tensor = stored.read()
-    # The sum of the absolute values is cheap, and NaN or infinite if any of them is; it may also
-    # overflow by itself, and then each value is looked at.
-    if not tensor.abs().sum(dtype=torch.float64).isfinite() and not tensor.isfinite().all():
-        raise ValueError(f"{stored.where} holds NaN or infinity")
+    if tensor.numel():
+        lowest, highest = tensor.aminmax()  # both are NaN if any value is
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise ValueError(f"{stored.where} holds NaN or infinity")
     return tensor
+
+
+def _owned(part: torch.Tensor, parts: int, dtype: torch.dtype | None) -> torch.Tensor:
+    """`part`, one of `parts` of a tensor, in memory of its own."""
+    cast = part.to(dtype or part.dtype)
+    if cast is not part or not cast.is_contiguous():
+        return cast.contiguous()
+    return cast.clone() if parts > 1 else cast
 
 
 def disassemble(

@@ -81,7 +81,8 @@ def source_logits(source: GPT2Source, dtype: torch.dtype, ids: torch.Tensor) -> 
         return source.tensors[name].read().to(dtype).float()
 
     def block(layer: int) -> nn.Module:
-        made = GPT2Block(config, layer_idx=layer).eval()
+        with torch.device("meta"):
+            made = GPT2Block(config, layer_idx=layer).eval()
         state = {}
         for name in made.state_dict():
             if source.textbook:
@@ -90,7 +91,7 @@ def source_logits(source: GPT2Source, dtype: torch.dtype, ids: torch.Tensor) -> 
             else:
                 value = tensor(f"h.{layer}.{name}")
             state[name] = value if value.ndim == 1 or source.inputs_first else value.T
-        made.load_state_dict(state)
+        made.load_state_dict(state, assign=True)
         return made
 
     if source.textbook:
@@ -138,9 +139,11 @@ def result_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
             return file.get_tensor(name).float()
 
     def block(layer: int) -> nn.Module:
-        made = TransformerBlock(config, layer_idx=layer).eval()
+        with torch.device("meta"):
+            made = TransformerBlock(config, layer_idx=layer).eval()
         prefix = f"model.layers.{layer}."
-        made.load_state_dict({name: tensor(prefix + name) for name in made.state_dict()})
+        state = {name: tensor(prefix + name) for name in made.state_dict()}
+        made.load_state_dict(state, assign=True)
         return made
 
     names = {"tokens": "model.embed_tokens.weight", "positions": "model.embed_positions.weight"}

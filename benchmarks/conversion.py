@@ -11,16 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from transformers import GPT2LMHeadModel
-
-from conversion.verify import gpt2_config
-from hf_scratch_gpt import ScratchGPTConfig
-
 OURS = "from conversion.convert_gpt2 import main; main(sys.argv[1:])"
 THEIRS = """
 from transformers import GPT2LMHeadModel
 GPT2LMHeadModel.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
+"""
+MAKE = """
+import sys
+import torch
+from transformers import GPT2LMHeadModel
+from conversion.verify import gpt2_config
+from hf_scratch_gpt import ScratchGPTConfig
+torch.manual_seed(0)
+GPT2LMHeadModel(gpt2_config(ScratchGPTConfig.from_preset(sys.argv[1]))).save_pretrained(sys.argv[2])
 """
 MEASURE = """
 import resource, sys, time
@@ -52,9 +55,8 @@ def main() -> None:
     options = parser.parse_args()
     source, out = options.workplace / "source", options.workplace / "out"
     if not source.exists():
-        torch.manual_seed(0)
-        config = gpt2_config(ScratchGPTConfig.from_preset(options.preset))
-        GPT2LMHeadModel(config).save_pretrained(source)
+        # In a process of its own: a child's peak memory begins at its parent's.
+        subprocess.run([sys.executable, "-c", MAKE, options.preset, str(source)], check=True)
     size = (source / "model.safetensors").stat().st_size
     ways = {
         "transformers, load and save": (THEIRS, ()),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
@@ -21,7 +21,7 @@ from .vocabulary_scratch_gpt import (
     BYTE_TO_UNICODE,
     END_OF_TEXT,
     Vocabulary,
-    check,
+    read_text,
     read_tokenizer_json,
     read_vocabulary,
     token_bytes,
@@ -37,6 +37,9 @@ SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 _LONG_SPACE = 10_000
 # From here on, in characters, a batch is worth threads.
 _LARGE_BATCH = 1 << 20
+
+# To look for each of so many added tokens takes longer than the other engine.
+_MANY_ADDED = 20
 
 # Arguments that concern ids alone; any other one that is set asks for the other engine.
 _OPTIONS_ON_IDS = {
@@ -116,17 +119,43 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         add_prefix_space: bool = False,
         **kwargs: Any,
     ) -> None:
+        described = None
         if tokenizer_object is not None:
-            vocabulary = check(read_tokenizer_json(tokenizer_object.to_str(), "tokenizer_object"))
-        else:
-            vocabulary = read_vocabulary(vocab_file, merges_file, tokenizer_file)
+            described = read_tokenizer_json(tokenizer_object.to_str(), "tokenizer_object")
+        elif tokenizer_file is not None:
+            path = Path(tokenizer_file)
+            described = read_tokenizer_json(read_text(path), str(path))
+        if described is not None:
+            add_prefix_space |= bool(described["pre_tokenizer"].get("add_prefix_space"))
+            _take_settings(described, kwargs)
+        pad_token = eos_token if pad_token is None else pad_token
+        named = [
+            bos_token,
+            eos_token,
+            pad_token,
+            unk_token,
+            *kwargs.get("extra_special_tokens", []),
+        ]
+        special = {
+            str(token) for token in (*named, *kwargs.get("added_tokens_decoder", {}).values())
+        }
+        vocabulary = read_vocabulary(
+            vocab_file and os.fspath(vocab_file), merges_file, described, special
+        )
         self._vocabulary = vocabulary
         self._tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges))
         check_engines(vocabulary, self._tokenizer)
+        # The same model without added tokens, truncation and padding: nothing that is set later
+        # changes the alignment of texts that are encoded already.
+        self._aligner = Tokenizer(self._tokenizer.model)
+        self._aligner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._aligner.post_processor = processors.TemplateProcessing(
+            single="$A:0", pair="$A:0 $B:1", special_tokens=[]
+        )
         self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
         self._tokenizer.decoder = decoders.ByteLevel()
         self._tiktoken, self._id_of_rank = build_tiktoken(vocabulary)
-        self._added: list[tuple[str, bool]] | None = None
+        self._added: list[tuple[str, bool]] = []
         kwargs.setdefault("padding_side", self.padding_side)  # so that it is saved
         super().__init__(
             errors=errors,
@@ -137,6 +166,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             add_prefix_space=add_prefix_space,
             **kwargs,
         )
+        self._added = self._added_tokens()
 
     @classmethod
     def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
@@ -145,14 +175,25 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         return kwargs
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> "ScratchGPTTokenizer":
-        """Load from a folder in any of the formats, a `.tiktoken` file, or a hub id."""
-        path = Path(source)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> "ScratchGPTTokenizer":
+        """Load from a folder in any of the formats, a `.tiktoken` file, or a hub id.
+
+        Where a folder has `vocab.json` and `merges.txt` beside `tokenizer.json`, the two count, and
+        the third adds its added tokens.
+        """
+        source = pretrained_model_name_or_path
+        path = Path(source, kwargs.get("subfolder", ""))
         ranks = [path] if path.suffix == ".tiktoken" else sorted(path.glob("*.tiktoken"))
-        if (path / "encoder.json").is_file() and not (path / "vocab.json").is_file():
+        usual = [name for name in cls.vocab_files_names.values() if (path / name).is_file()]
+        if not usual and (path / "encoder.json").is_file():
             kwargs.setdefault("vocab_file", str(path / "encoder.json"))
             kwargs.setdefault("merges_file", str(path / "vocab.bpe"))
-        elif ranks and not any((path / name).is_file() for name in cls.vocab_files_names.values()):
+        elif not usual and ranks:
+            if len(ranks) > 1:
+                names = ", ".join(rank.name for rank in ranks)
+                raise ValueError(f"{path} has several vocabularies: {names}; name one of the files")
             kwargs.setdefault("vocab_file", str(ranks[0]))
             source = ranks[0].parent
         return super().from_pretrained(source, *args, **kwargs)
@@ -162,36 +203,65 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         """The tiktoken object that encodes.
 
         Its numbers are the vocabulary's ids where, as in GPT-2's, ids follow the order of the
-        merges; otherwise they count bytes first, then merges.
+        merges; otherwise they count bytes first, then merges, and it knows no special token.
         """
         return self._tiktoken
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
         """What every way of calling the tokenizer comes down to in transformers."""
-
-        def align(**changes: Any) -> BatchEncoding:
-            encode = super(ScratchGPTTokenizer, self)._encode_plus
-            return encode(_mended(text), text_pair=_mended(text_pair), **{**options, **changes})
-
+        text, text_pair = _mended(text), _mended(text_pair)
         texts = [text] if isinstance(text, str) else text
-        if text_pair or not self._gives_ids_alone(texts, options):
-            return align()
+        paired = text_pair if isinstance(text, str) else text_pair is not None
+        if paired or not self._gives_ids_alone(texts, options):
+            return super()._encode_plus(text, text_pair=text_pair, **options)
 
         rows = self._truncated(self._encode_ordinary(texts), options)
         for ids in rows:
             self._eventual_warn_about_too_long_sequence(
                 ids, options.get("max_length"), options.get("verbose", True)
             )
+        alignment = self._alignment(tuple(texts), rows, options)
         data: dict[str, Any] = self._padded(rows, options)
-        if options.get("return_attention_mask") is False:
+        wanted = options.get("return_attention_mask")
+        if wanted is None:
+            wanted = "attention_mask" in self.model_input_names
+        if not wanted:
             del data["attention_mask"]
         tensors = options.get("return_tensors")
         if isinstance(text, str) and tensors is None:
             data = {name: values[0] for name, values in data.items()}
-        alignment = _Alignment(
-            len(rows), lambda: align(return_tensors=None, verbose=False).encodings
-        )
         return BatchEncoding(data, alignment, tensor_type=tensors, n_sequences=1)
+
+    def _alignment(
+        self, texts: tuple[str, ...], rows: list[list[int]], options: dict[str, Any]
+    ) -> _Alignment:
+        """Offsets and words of `texts`, whose ids, truncated but not padded, are `rows`."""
+        lengths = [len(ids) for ids in rows]
+        width = self._width(lengths, options)
+        truncated_at = self.truncation_side
+        padded_at = options.get("padding_side") or self.padding_side
+        padding = {"pad_id": self.pad_token_id, "pad_token": self.pad_token} if width else {}
+        aligner = self._aligner
+
+        def compute() -> list[Any]:
+            encodings = aligner.encode_batch(list(texts))
+            for encoding, length in zip(encodings, lengths, strict=True):
+                if len(encoding) > length:
+                    encoding.truncate(length, direction=truncated_at)
+                if width:
+                    encoding.pad(width, direction=padded_at, **padding)
+            return list(encodings)
+
+        return _Alignment(len(rows), compute)
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Split `text` into tokens as the vocabulary writes them."""
+        encoded = super()._encode_plus(
+            _mended(text), text_pair=_mended(pair), add_special_tokens=add_special_tokens, **kwargs
+        )
+        return encoded.tokens()
 
     def _gives_ids_alone(self, texts: Any, options: dict[str, Any]) -> bool:
         """Whether tiktoken is all it takes: plain strings, and no option that asks for more."""
@@ -201,14 +271,20 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             return False
         if options.get("truncation_strategy") == TruncationStrategy.ONLY_SECOND:
             return False
+        numbers = (options.get("max_length"), options.get("pad_to_multiple_of"))
+        if any(number is not None and number < 0 for number in numbers):
+            return False  # refused there, and so is another side
+        if options.get("padding_side") not in (None, "left", "right"):
+            return False
+        if "token_type_ids" in self.model_input_names:
+            return False
         if options.get("add_special_tokens", True) and self.num_special_tokens_to_add():
             return False
-        if self._added is None:
-            decoder = self._tokenizer.get_added_tokens_decoder()
-            self._added = [(token.content, token.special) for token in decoder.values()]
         split = options.get("split_special_tokens")
         split = self.split_special_tokens if split is None else split
         added = [token for token, special in self._added if not (special and split)]
+        if len(added) > _MANY_ADDED:
+            return False
         return all(isinstance(text, str) and _is_plain(text, added) for text in texts)
 
     def _truncated(self, rows: list[list[int]], options: dict[str, Any]) -> list[list[int]]:
@@ -220,14 +296,18 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             return [ids[:limit] for ids in rows]
         return [ids[max(0, len(ids) - limit) :] for ids in rows]
 
+    def _width(self, lengths: list[int], options: dict[str, Any]) -> int:
+        """The length to pad to, 0 for none."""
+        strategy = options.get("padding_strategy", PaddingStrategy.DO_NOT_PAD)
+        if strategy == PaddingStrategy.DO_NOT_PAD:
+            return 0
+        width = max(lengths) if strategy == PaddingStrategy.LONGEST else options["max_length"]
+        return width + -width % (options.get("pad_to_multiple_of") or 1)
+
     def _padded(self, rows: list[list[int]], options: dict[str, Any]) -> dict[str, list[list[int]]]:
         """Ids and attention masks, padded as `options` say."""
-        strategy = options.get("padding_strategy", PaddingStrategy.DO_NOT_PAD)
         masks = [[1] * len(ids) for ids in rows]
-        if strategy != PaddingStrategy.DO_NOT_PAD:
-            at_longest = strategy == PaddingStrategy.LONGEST
-            width = max(map(len, rows)) if at_longest else options["max_length"]
-            width += -width % (options.get("pad_to_multiple_of") or 1)
+        if width := self._width([len(ids) for ids in rows], options):
             left = (options.get("padding_side") or self.padding_side) == "left"
             for columns, filling in ((rows, self.pad_token_id), (masks, 0)):
                 for number, row in enumerate(columns):
@@ -249,12 +329,21 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         return [[self._id_of_rank[rank] for rank in ranks] for ranks in rows]
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        self._added = None
-        return super()._add_tokens(new_tokens, special_tokens)
+        count = super()._add_tokens(new_tokens, special_tokens)
+        self._added = self._added_tokens()
+        return count
+
+    def _added_tokens(self) -> list[tuple[str, bool]]:
+        """Added tokens, and whether they are special; kept, as asking for them takes time."""
+        decoder = self._tokenizer.get_added_tokens_decoder()
+        return [(token.content, token.special) for token in decoder.values()]
 
     def _save_pretrained(
         self, save_directory: Any, file_names: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> tuple[str, ...]:
+        # A call leaves them in the backend, and other tools would cut and pad by them.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         saved = super()._save_pretrained(save_directory, file_names, *args, **kwargs)
         return saved + self.save_vocabulary(save_directory, kwargs.get("filename_prefix"))
 
@@ -283,7 +372,10 @@ def _is_plain(text: str, added: list[str]) -> bool:
 def _mended(text: Any) -> Any:
     """`text`, a string or nested lists of them, with surrogates as tiktoken reads them."""
     if isinstance(text, (list, tuple)):
-        return type(text)(_mended(part) for part in text)
+        parts = [_mended(part) for part in text]
+        if all(part is before for part, before in zip(parts, text, strict=True)):
+            return text
+        return tuple(parts) if isinstance(text, tuple) else parts
     if not isinstance(text, str) or text.isascii():
         return text
     try:
@@ -293,12 +385,30 @@ def _mended(text: Any) -> Any:
     return text
 
 
+def _take_settings(described: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Add what a `tokenizer.json` says beyond its vocabulary to the arguments of `__init__`."""
+    added = {token["id"]: dict(token) for token in described["added_tokens"]}
+    if not kwargs.get("added_tokens_decoder"):
+        for token in added.values():
+            token.pop("id")
+        kwargs["added_tokens_decoder"] = {
+            token_id: AddedToken(**token) for token_id, token in added.items()
+        }
+    if (processor := described.get("post_processor")) is not None and not (
+        "add_bos_token" in kwargs or "add_eos_token" in kwargs
+    ):
+        bare = {"type": "BPE", "vocab": {}, "merges": []}
+        carrier = {"version": "1.0", "model": bare, "post_processor": processor}
+        kwargs.setdefault("post_processor", Tokenizer.from_str(json.dumps(carrier)).post_processor)
+
+
 def check_engines(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
     """Raise a ValueError unless merging makes each token by its own merge.
 
     tiktoken joins any two neighbours that make a token together, the tokenizers library only those
-    whose merge is listed. Where each token's own bytes merge to it by the list, no other pair ever
-    stands there to be joined, and the two give the same ids.
+    whose merge is listed. `check` has refused merges of tokens that are made later or twice. Where
+    each token's own bytes merge to it by the list, no other pair ever stands there to be joined,
+    and the two give the same ids.
     """
     tokens = [left + right for left, right in vocabulary.merges]
     for number, encoding in enumerate(tokenizer.encode_batch_fast(tokens)):

@@ -8,12 +8,22 @@ of tokens that BPE joins, the most frequent first (Sennrich et al. 2016; over by
 import base64
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
+
+# Switches of the tokenizers library that make another BPE of it.
+_OTHER_BPE = (
+    "dropout",
+    "byte_fallback",
+    "ignore_merges",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+)
 
 
 def byte_to_unicode() -> dict[int, str]:
@@ -56,7 +66,10 @@ class Vocabulary:
 
 
 def read_vocabulary(
-    vocab_file: str | None, merges_file: str | None, tokenizer_file: str | None
+    vocab_file: str | None,
+    merges_file: str | None,
+    described: dict[str, Any] | None,
+    special: set[str],
 ) -> Vocabulary:
     """Read the vocabulary from the files there are.
 
@@ -65,18 +78,19 @@ def read_vocabulary(
             as tiktoken stores them (`*.tiktoken`).
         merges_file: the merges, one a line (`merges.txt`, OpenAI's `vocab.bpe`); goes with the
             JSON.
-        tokenizer_file: `tokenizer.json`, read if the two are not given.
+        described: the content of a `tokenizer.json`, used if the two are not given.
+        special: tokens that no merge makes.
 
     Raises:
         ValueError: a file is missing or damaged, or contradicts another; names file and line or
             token.
     """
     if vocab_file is not None and vocab_file.endswith(".tiktoken"):
-        return check(read_ranks(Path(vocab_file)))
+        return check(read_ranks(Path(vocab_file)), special)
     if vocab_file is not None and merges_file is not None:
-        return check(read_pair(Path(vocab_file), Path(merges_file)))
-    if tokenizer_file is not None:
-        return check(read_tokenizer_json(read_text(Path(tokenizer_file)), tokenizer_file))
+        return check(read_pair(Path(vocab_file), Path(merges_file)), special)
+    if described is not None:
+        return check(read_description(described), special)
     given = vocab_file or merges_file or "no file"
     raise ValueError(
         "a vocabulary takes vocab.json and merges.txt (or encoder.json and vocab.bpe), a "
@@ -100,8 +114,7 @@ def read_json(text: str, origin: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = dict(pairs)
         if len(keys) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for number, key in enumerate(names) if key in names[:number])
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"{origin} has {twice!r} twice")
         return keys
 
@@ -112,6 +125,8 @@ def read_json(text: str, origin: str) -> Any:
             f"{origin} is no complete JSON at line {error.lineno}, column {error.colno} "
             f"({error.msg}); fetch it again"
         ) from None
+    except RecursionError:
+        raise ValueError(f"{origin} is nested too deeply; is it the right file?") from None
     if not isinstance(content, dict):
         raise ValueError(f"{origin} holds no JSON object; is it the right file?")
     return content
@@ -136,32 +151,44 @@ def read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
     return Vocabulary(ids, merges, str(merges_path), lines)
 
 
-def read_tokenizer_json(text: str, origin: str) -> Vocabulary:
-    """Read the vocabulary of a `tokenizer.json`; another way to split a text is refused."""
+def read_tokenizer_json(text: str, origin: str) -> dict[str, Any]:
+    """The content of a `tokenizer.json`, with its origin; another way to split is refused."""
     content = read_json(text, origin)
-    model = content.get("model") or {}
-    splitter = content.get("pre_tokenizer") or {}
+    model, splitter = content.get("model") or {}, content.get("pre_tokenizer") or {}
+    added = content.setdefault("added_tokens", [])
+    shapes = (model, dict), (splitter, dict), (added, list), (model.get("vocab"), dict)
+    if not all(isinstance(value, kind) for value, kind in shapes) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
+    ):
+        raise ValueError(f"{origin} lacks a vocabulary, or has added tokens that are none")
     differences = [
         f"model of type {model.get('type')!r}" if model.get("type", "BPE") != "BPE" else "",
         f"pre_tokenizer {splitter.get('type')!r}" if splitter.get("type") != "ByteLevel" else "",
         "normalizer" if content.get("normalizer") else "",
-        *(name for name in ("dropout", "byte_fallback", "ignore_merges") if model.get(name)),
+        "pre_tokenizer without its pattern" if not splitter.get("use_regex", True) else "",
+        *(name for name in _OTHER_BPE if model.get(name)),
     ]
-    if any(differences) or not splitter.get("use_regex", True):
-        found = ", ".join(filter(None, differences)) or "pre_tokenizer without its pattern"
+    if any(differences):
         raise ValueError(
-            f"{origin} is no byte-level BPE tokenizer of GPT-2's kind ({found}); load it with "
-            "transformers' PreTrainedTokenizerFast"
+            f"{origin} is no byte-level BPE tokenizer of GPT-2's kind "
+            f"({', '.join(filter(None, differences))}); load it with transformers' "
+            "PreTrainedTokenizerFast"
         )
-    ids = model.get("vocab", {})
-    check_ids(ids, origin, [token.get("id") for token in content.get("added_tokens", [])])
+    return {**content, "origin": origin}
+
+
+def read_description(content: dict[str, Any]) -> Vocabulary:
+    """The vocabulary in the content of a `tokenizer.json`."""
+    origin, model = content["origin"], content["model"]
+    check_ids(model["vocab"], origin, [token.get("id") for token in content["added_tokens"]])
     merges = []
-    for merge in model.get("merges", []):
+    for merge in model.get("merges") or []:
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if len(parts) != 2:
+        is_pair = isinstance(parts, list) and len(parts) == 2
+        if not is_pair or not all(isinstance(part, str) for part in parts):
             raise ValueError(f"{origin} has the merge {merge!r}, which is not two tokens")
         merges.append((parts[0], parts[1]))
-    return Vocabulary(ids, merges, origin)
+    return Vocabulary(model["vocab"], merges, origin)
 
 
 def read_ranks(path: Path) -> Vocabulary:
@@ -186,6 +213,8 @@ def read_ranks(path: Path) -> Vocabulary:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             parts = parts_before(token, rank, ranks)
+            if len(parts) != 2 and _is_markup(token.decode("latin-1")):
+                continue
             if len(parts) != 2:
                 raise ValueError(
                     f"{path}: no two tokens of lower rank make {token!r} (rank {rank})"
@@ -213,6 +242,8 @@ def check_ids(ids: dict[str, int], origin: str, added: list[int] | None = None) 
     """Raise a ValueError unless the ids count from 0 on without a gap or a repetition."""
     by_id: dict[int, str] = {}
     for token, token_id in ids.items():
+        if any(0xD800 <= ord(character) < 0xE000 for character in token):
+            raise ValueError(f"{origin}: token {token!r} holds a lone surrogate")
         if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise ValueError(f"{origin}: token {token!r} has {token_id!r} for an id")
         if token_id in by_id:
@@ -226,8 +257,13 @@ def check_ids(ids: dict[str, int], origin: str, added: list[int] | None = None) 
         raise ValueError(f"{origin} has no token with id {missing}, and ids count without a gap")
 
 
-def check(vocabulary: Vocabulary) -> Vocabulary:
-    """Raise a ValueError unless bytes and merges make every token of `vocabulary`; return it."""
+def _is_markup(token: str) -> bool:
+    """Whether `token` looks like a special one, <|endoftext|> or [PAD]."""
+    return re.fullmatch(r"<.*>|\[.*\]", token, flags=re.DOTALL) is not None
+
+
+def check(vocabulary: Vocabulary, special: set[str]) -> Vocabulary:
+    """Raise a ValueError unless bytes and merges make every token that is not `special`."""
     ids = vocabulary.ids
     for byte, character in BYTE_TO_UNICODE.items():
         if character not in ids:
@@ -250,8 +286,7 @@ def check(vocabulary: Vocabulary) -> Vocabulary:
             raise ValueError(f"{where} makes {left + right!r}, which an earlier merge has made")
         made[left + right] = number
     for token in ids.keys() - made.keys():
-        # Special tokens stand in the vocabulary without a merge.
-        if not re.fullmatch(r"<.*>|\[.*\]", token, flags=re.DOTALL):
+        if token not in special and not _is_markup(token):
             raise ValueError(
                 f"{vocabulary.origin} has no merge that makes token {token!r} (id {ids[token]}): "
                 "it is cut short, or belongs to another vocabulary"

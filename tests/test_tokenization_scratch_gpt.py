@@ -11,6 +11,7 @@ import pytest
 import tiktoken
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -361,3 +362,116 @@ def test_tiktoken_is_public(pair):
     assert ours.tiktoken._pat_str == SPLIT_PATTERN
     assert ours.tiktoken.encode(END_OF_TEXT, allowed_special="all") == [ours.eos_token_id]
     assert ours.tiktoken.n_vocab == len(ours)
+
+
+@pytest.mark.parametrize("toggled_later", [False, True])
+def test_added_begin_of_text_survives_saving(toggled_later, openai_tiny, tmp_path):
+    files = [str(openai_tiny / name) for name in ("encoder.json", "vocab.bpe")]
+    ours = ScratchGPTTokenizer(*files, add_bos_token=not toggled_later)
+    ours.add_bos_token = True
+    ours.save_pretrained(tmp_path)
+    expected = ours("hi").input_ids
+    assert expected[0] == ours.bos_token_id
+    for loader in (AutoTokenizer, PreTrainedTokenizerFast, ScratchGPTTokenizer):
+        assert loader.from_pretrained(tmp_path)("hi").input_ids == expected
+
+
+def test_folder_of_gpt2s_without_a_pad_token_pads(openai_tiny, tmp_path):
+    GPT2TokenizerFast(
+        vocab=str(openai_tiny / "encoder.json"), merges=str(openai_tiny / "vocab.bpe")
+    ).save_pretrained(tmp_path)
+    loaded = ScratchGPTTokenizer.from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert loaded(["a b c", "d"], padding=True).attention_mask[1][0] == 0
+
+
+def test_tokenizer_json_alone_brings_everything(openai_tiny, tmp_path):
+    fast = GPT2TokenizerFast(
+        vocab=str(openai_tiny / "encoder.json"),
+        merges=str(openai_tiny / "vocab.bpe"),
+        add_prefix_space=True,
+    )
+    fast.add_tokens(["<x>", "grape"])
+    fast.save_pretrained(tmp_path)
+    texts = ["hello <x> grapes", "x"]
+    for ours in (
+        ScratchGPTTokenizer(tokenizer_file=str(tmp_path / "tokenizer.json")),
+        ScratchGPTTokenizer(tokenizer_object=fast.backend_tokenizer),
+    ):
+        assert len(ours) == 402
+        assert ours(texts).input_ids == fast(texts).input_ids
+
+
+def test_new_special_tokens_without_brackets(tiny, tmp_path):
+    trained = tiny.train_new_from_iterator([["a b c"] * 9], 270, new_special_tokens=["SEP"])
+    trained.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("aSEPb").input_ids == trained("aSEPb").input_ids
+
+
+def test_alignment_stays_that_of_the_ids(openai_tiny):
+    ours, _ = make_pair(openai_tiny)
+    texts = ["one two three", "four"]
+    arguments = dict(padding=True, truncation=True, max_length=4)
+    encoded, expected = ours(texts, **arguments), ours(texts, **arguments)
+    tokens = [expected.tokens(row) for row in range(2)]
+    texts[0] = "changed"
+    ours.add_bos_token = True
+    ours.truncation_side, ours.padding_side = "left", "right"
+    ours.add_tokens(["one"])
+    ours("another", truncation=True, max_length=1, return_overflowing_tokens=True)
+    assert [encoded.tokens(row) for row in range(2)] == tokens
+    assert ours.convert_tokens_to_ids(tokens[1]) == encoded.input_ids[1]
+
+
+def test_model_input_names_decide_what_is_returned(openai_tiny):
+    ours, fast = make_pair(openai_tiny)
+    for names in (["input_ids"], ["input_ids", "token_type_ids", "attention_mask"]):
+        ours.model_input_names = fast.model_input_names = names
+        assert dict(ours(NASTY)) == dict(fast(NASTY))
+
+
+def test_bad_arguments_are_refused_as_gpt2s(pair):
+    for arguments in (
+        dict(padding=True, padding_side="foo"),
+        dict(truncation=True, max_length=-1),
+    ):
+        for tokenizer in pair:
+            with pytest.raises((ValueError, OverflowError, TypeError)):
+                tokenizer(["a b", "c"], **arguments)
+    for tokenizer in pair:
+        with pytest.raises(ValueError, match="batch length"):
+            tokenizer(["a", "b"], [])
+
+
+def test_many_added_tokens(openai_tiny):
+    ours, fast = make_pair(openai_tiny)
+    for tokenizer in (ours, fast):
+        tokenizer.add_tokens([f"<w{number}>" for number in range(100)])
+    assert_same(ours, fast, ["a<w7>b", "plain"], padding=True)
+
+
+def test_fingerprint_is_stable(tiny):
+    before = Hasher.hash(tiny)
+    tiny("x")
+    assert Hasher.hash(tiny) == before
+
+
+def test_saved_backend_neither_cuts_nor_pads(openai_tiny, tmp_path):
+    ours, _ = make_pair(openai_tiny)
+    pairs = dict(text_pair=["x", "y"], padding=True, truncation=True, max_length=3)
+    ours(["a b c", "d"], **pairs)
+    ours.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["truncation"] is None
+    assert saved["padding"] is None
+
+
+def test_ranks_with_the_end_of_text(openai_tiny, tmp_path):
+    ours, _ = make_pair(openai_tiny)
+    tokens = [*ours.tiktoken._mergeable_ranks, END_OF_TEXT.encode()]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    (tmp_path / "a.tiktoken").write_text("\n".join(lines))
+    assert ScratchGPTTokenizer.from_pretrained(tmp_path)(NASTY).input_ids == ours(NASTY).input_ids
+    (tmp_path / "b.tiktoken").write_text("")
+    with pytest.raises(ValueError, match=r"several vocabularies: a\.tiktoken, b\.tiktoken"):
+        ScratchGPTTokenizer.from_pretrained(tmp_path)

@@ -161,3 +161,36 @@ def test_bytes_and_their_characters():
     ]
     assert (BYTE_TO_UNICODE[ord(" ")], BYTE_TO_UNICODE[ord("\n")]) == ("Ġ", "Ċ")
     assert all(re.fullmatch(r"\S", character) for character in BYTE_TO_UNICODE.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "BPE", "vocab": None, "merges": []}},
+        {"model": {"type": "BPE", "vocab": ["a"], "merges": []}},
+        {"added_tokens": [None]},
+        {"added_tokens": ["x"]},
+        {"pre_tokenizer": "ByteLevel"},
+    ],
+    ids=str,
+)
+def test_malformed_tokenizer_json(change, openai_tiny, tmp_path):
+    ScratchGPTTokenizer.from_pretrained(openai_tiny).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({**content, **change}))
+    with pytest.raises(ValueError, match=r"other\.json"):
+        ScratchGPTTokenizer(tokenizer_file=str(path))
+    merges = {"model": {**content["model"], "merges": [1, ["a", None]]}}
+    path.write_text(json.dumps({**content, **merges}))
+    with pytest.raises(ValueError, match=r"other\.json has the merge 1"):
+        ScratchGPTTokenizer(tokenizer_file=str(path))
+
+
+def test_deep_nesting_and_surrogates(folder):
+    (folder / "vocab.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"vocab\.json is nested too deeply"):
+        ScratchGPTTokenizer.from_pretrained(folder)
+    (folder / "vocab.json").write_text('{"<\\ud800>": 0}')
+    with pytest.raises(ValueError, match=r"vocab\.json: token .* holds a lone surrogate"):
+        ScratchGPTTokenizer.from_pretrained(folder)

@@ -17,24 +17,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
+from .engines_scratch_gpt import build_tiktoken, check_engines, is_plain, mended
 from .vocabulary_scratch_gpt import (
-    BYTE_TO_UNICODE,
     END_OF_TEXT,
-    Vocabulary,
     read_text,
     read_tokenizer_json,
     read_vocabulary,
-    token_bytes,
 )
 
-# GPT-2's split of a text into words, numbers, punctuation and white space, which BPE never merges
-# across. It is the pattern of OpenAI's `encoder.py` with possessive quantifiers, which match the
-# same faster.
-SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-# tiktoken's regular expressions give up, and take the process with them, on a million characters of
-# white space in a row. A run of twice this length is noticed, and goes to the other engine.
-_LONG_SPACE = 10_000
 # From here on, in characters, a batch is worth threads.
 _LARGE_BATCH = 1 << 20
 
@@ -209,7 +199,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
         """What every way of calling the tokenizer comes down to in transformers."""
-        text, text_pair = _mended(text), _mended(text_pair)
+        text, text_pair = mended(text), mended(text_pair)
         texts = [text] if isinstance(text, str) else text
         paired = text_pair if isinstance(text, str) else text_pair is not None
         if paired or not self._gives_ids_alone(texts, options):
@@ -259,7 +249,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
     ) -> list[str]:
         """Split `text` into tokens as the vocabulary writes them."""
         encoded = super()._encode_plus(
-            _mended(text), text_pair=_mended(pair), add_special_tokens=add_special_tokens, **kwargs
+            mended(text), text_pair=mended(pair), add_special_tokens=add_special_tokens, **kwargs
         )
         return encoded.tokens()
 
@@ -285,7 +275,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         added = [token for token, special in self._added if not (special and split)]
         if len(added) > _MANY_ADDED:
             return False
-        return all(isinstance(text, str) and _is_plain(text, added) for text in texts)
+        return all(isinstance(text, str) and is_plain(text, added) for text in texts)
 
     def _truncated(self, rows: list[list[int]], options: dict[str, Any]) -> list[list[int]]:
         strategy = options.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE)
@@ -361,30 +351,6 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         return str(vocab_path), str(merges_path)
 
 
-def _is_plain(text: str, added: list[str]) -> bool:
-    """Whether `text` holds none of the `added` tokens and no long run of white space."""
-    if any(token in text for token in added):
-        return False
-    starts = range(0, len(text) - _LONG_SPACE, _LONG_SPACE)
-    return not any(text[start : start + _LONG_SPACE].isspace() for start in starts)
-
-
-def _mended(text: Any) -> Any:
-    """`text`, a string or nested lists of them, with surrogates as tiktoken reads them."""
-    if isinstance(text, (list, tuple)):
-        parts = [_mended(part) for part in text]
-        if all(part is before for part, before in zip(parts, text, strict=True)):
-            return text
-        return tuple(parts) if isinstance(text, tuple) else parts
-    if not isinstance(text, str) or text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def _take_settings(described: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """Add what a `tokenizer.json` says beyond its vocabulary to the arguments of `__init__`."""
     added = {token["id"]: dict(token) for token in described["added_tokens"]}
@@ -400,40 +366,6 @@ def _take_settings(described: dict[str, Any], kwargs: dict[str, Any]) -> None:
         bare = {"type": "BPE", "vocab": {}, "merges": []}
         carrier = {"version": "1.0", "model": bare, "post_processor": processor}
         kwargs.setdefault("post_processor", Tokenizer.from_str(json.dumps(carrier)).post_processor)
-
-
-def check_engines(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
-    """Raise a ValueError unless merging makes each token by its own merge.
-
-    tiktoken joins any two neighbours that make a token together, the tokenizers library only those
-    whose merge is listed. `check` has refused merges of tokens that are made later or twice. Where
-    each token's own bytes merge to it by the list, no other pair ever stands there to be joined,
-    and the two give the same ids.
-    """
-    tokens = [left + right for left, right in vocabulary.merges]
-    for number, encoding in enumerate(tokenizer.encode_batch_fast(tokens)):
-        if len(encoding) != 1:
-            raise ValueError(
-                f"{vocabulary.where(number)} makes {tokens[number]!r}, but merging in the order of "
-                f"the list gives {tokenizer.encode(tokens[number]).tokens} for it; tiktoken cannot "
-                "encode with such a list"
-            )
-
-
-def build_tiktoken(vocabulary: Vocabulary) -> tuple[tiktoken.Encoding, list[int] | None]:
-    """tiktoken's object, and the id of each of its ranks where they differ."""
-    ids = vocabulary.ids
-    in_order = [*sorted(BYTE_TO_UNICODE.values(), key=ids.__getitem__)]
-    in_order += [left + right for left, right in vocabulary.merges]
-    id_of_rank = [ids[token] for token in in_order]
-    same = id_of_rank == list(range(len(in_order)))
-    encoding = tiktoken.Encoding(
-        "scratch_gpt",
-        pat_str=SPLIT_PATTERN,
-        mergeable_ranks={token_bytes(token): rank for rank, token in enumerate(in_order)},
-        special_tokens={END_OF_TEXT: ids[END_OF_TEXT]} if same and END_OF_TEXT in ids else {},
-    )
-    return encoding, None if same else id_of_rank
 
 
 ScratchGPTTokenizer.register_for_auto_class("AutoTokenizer")

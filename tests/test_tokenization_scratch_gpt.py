@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_scratch_gpt import ScratchGPTForTokenClassification, ScratchGPTTokenizer
-from hf_scratch_gpt.tokenization_scratch_gpt import SPLIT_PATTERN
+from hf_scratch_gpt.engines_scratch_gpt import SPLIT_PATTERN
 from hf_scratch_gpt.vocabulary_scratch_gpt import END_OF_TEXT
 
 from .models import random_model

@@ -124,10 +124,10 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             eos_token,
             pad_token,
             unk_token,
-            *kwargs.get("extra_special_tokens", []),
+            *(kwargs.get("extra_special_tokens") or []),
         ]
         special = {
-            str(token) for token in (*named, *kwargs.get("added_tokens_decoder", {}).values())
+            str(token) for token in (*named, *(kwargs.get("added_tokens_decoder") or {}).values())
         }
         vocabulary = read_vocabulary(
             vocab_file and os.fspath(vocab_file), merges_file, described, special

@@ -107,22 +107,22 @@ def test_real_index_with_a_shard_of_random_bytes(tmp_path):
 def test_killed_conversions_leave_nothing_and_the_next_one_succeeds(openai_tiny, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "conversion.convert_gpt2", str(openai_tiny), str(out)]
-    start = time.monotonic()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    whole = time.monotonic() - start
-    shutil.rmtree(out)
-    moments = random.Random(0)
+    moments, midway = random.Random(0), 0
     for _ in range(10):
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        # most of the time goes into importing; the conversion itself is at the end
-        time.sleep(whole * moments.uniform(0.6, 1.0))
+        # Most of the time goes into importing; the signal is to fall while files are written.
+        while process.poll() is None and not list(tmp_path.glob(".out-*.unfinished")):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0.0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
+        midway += bool(list(tmp_path.glob(".out-*.unfinished/*")))
         if out.exists():  # it was done before the signal came
             assert torch.isfinite(ScratchGPTForCausalLM.from_pretrained(out).lm_head.weight).all()
             shutil.rmtree(out)
+    assert midway  # or no conversion was killed while it wrote
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     ScratchGPTForCausalLM.from_pretrained(out)

@@ -1,14 +1,47 @@
 """Turn the tensors of a source into ours, and ours into GPT-2's, by the one table of rules."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 
 import torch
-from transformers.utils import logging
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from hf_scratch_gpt.gpt2_checkpoints import TABLE, Rule
 
 from .sources import GPT2Source, StoredTensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One rule applied to one layer: stored tensors, and those of ours that they make.
+
+    Args:
+        names: ours.
+        shapes: theirs, in the same order.
+        stored: one for each of ours, or one for all of them, or none where ours are zeros.
+        turned: whether the stored one is transposed.
+    """
+
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    stored: list[StoredTensor]
+    turned: bool = False
+
+    def origins(self) -> list[str]:
+        """File and name of what each of ours is made from, for messages."""
+        if len(self.stored) == len(self.names):
+            return [stored.where for stored in self.stored]
+        return [self.stored[0].where if self.stored else "zeros"] * len(self.names)
+
+    def read(self) -> list[torch.Tensor]:
+        """Our tensors, views of what is stored where that is enough."""
+        if not self.stored:
+            return [torch.zeros(shape) for shape in self.shapes]
+        if len(self.stored) > 1:
+            return [stored.read() for stored in self.stored]
+        values = self.stored[0].read()
+        return list((values.T if self.turned else values).chunk(len(self.names)))
 
 
 def rules_of(config: ScratchGPTConfig) -> Iterator[tuple[Rule, int]]:
@@ -18,108 +51,97 @@ def rules_of(config: ScratchGPTConfig) -> Iterator[tuple[Rule, int]]:
             yield rule, layer
 
 
-def assemble(source: GPT2Source, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of our language model, read from `source` one after the other.
-
-    Args:
-        source: opened by its reader.
-        dtype: what to cast to; None keeps each tensor's.
+def plan(source: GPT2Source) -> list[Piece]:
+    """How all tensors of our language model come from those of `source`; nothing is read yet.
 
     Raises:
-        ValueError: a tensor is missing, left over, misshapen, or holds NaN or infinity; names it.
+        ValueError: a tensor is missing, left over, misshapen or not of numbers with a fraction;
+            names it.
     """
-    with torch.device("meta"):
-        shapes = {
-            name: tuple(tensor.shape)
-            for name, tensor in ScratchGPTForCausalLM(source.config).state_dict().items()
-        }
+    shapes = _our_shapes(source)
     left = dict(source.tensors)
-    ours: dict[str, torch.Tensor] = {}
+    pieces: list[Piece] = []
     missing: list[str] = []
-    rules = list(rules_of(source.config))
-    for rule, layer in logging.tqdm(rules, desc="Converting tensors"):
+    for rule, layer in rules_of(source.config):
         names = [f"model.{name.format(layer)}" for name in rule.ours]
         if names[0] not in shapes:  # a bias that this model does without
             continue
-        sources = rule.textbook if source.textbook else (rule.gpt2,)
-        wanted = [name.format(layer) for name in sources]
+        theirs = rule.textbook if source.textbook else (rule.gpt2,)
+        wanted = [name.format(layer) for name in theirs]
         absent = [name for name in wanted if name not in left]
-        if absent and source.biases_optional and rule.gpt2.endswith("bias"):
-            ours.update({name: torch.zeros(shapes[name], dtype=dtype) for name in names})
-            continue
-        if absent:
+        if absent and not (source.biases_optional and rule.gpt2.endswith("bias")):
             missing += absent
             continue
-        stored = [left.pop(name) for name in wanted]
+        stored = [] if absent else [left.pop(name) for name in wanted]
         expected = [shapes[name] for name in names]
-        parts = _parts(rule, stored, expected, source)
-        for name, part in zip(names, parts, strict=True):
-            ours[name] = _owned(part, len(parts), dtype)
+        pieces.append(Piece(names, expected, stored, rule.is_matrix and source.inputs_first))
     if not source.config.tie_word_embeddings:
-        head = "out_head.weight" if source.textbook else "lm_head.weight"
-        if head in left:
-            stored_head = left.pop(head)
-            _check_shape(stored_head, shapes["lm_head.weight"])
-            tensor = _finite(stored_head)
-            ours["lm_head.weight"] = _owned(tensor, 1, dtype)
+        theirs_head = "out_head.weight" if source.textbook else "lm_head.weight"
+        if theirs_head in left:
+            head = [left.pop(theirs_head)]
+            pieces.append(Piece(["lm_head.weight"], [shapes["lm_head.weight"]], head))
         else:
-            missing.append(head)
+            missing.append(theirs_head)
     if missing:
         raise ValueError(f"{source.path} lacks the tensors {', '.join(missing)}")
     if left:
         names_left = ", ".join(tensor.name for tensor in left.values())
         raise ValueError(f"{source.path} has tensors that GPT-2 has not: {names_left}")
-    return ours
+    for piece in pieces:
+        _check(piece)
+    return pieces
 
 
-def _parts(
-    rule: Rule,
-    stored: list[StoredTensor],
-    shapes: list[tuple[int, ...]],
-    source: GPT2Source,
-) -> list[torch.Tensor]:
-    """The parts that `rule` makes of the stored tensors, checked against the shapes of ours."""
-    if len(stored) == len(shapes) > 1:
-        for tensor, shape in zip(stored, shapes, strict=True):
-            _check_shape(tensor, shape)
-        return [_finite(tensor) for tensor in stored]
-    outputs = sum(shape[0] for shape in shapes)
-    whole = (outputs, *shapes[0][1:])
-    turned = rule.is_matrix and source.inputs_first
-    _check_shape(stored[0], whole[::-1] if turned else whole)
-    values = _finite(stored[0])
-    return list((values.T if turned else values).chunk(len(shapes)))
-
-
-def _check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
+def _our_shapes(source: GPT2Source) -> dict[str, tuple[int, ...]]:
+    """The shapes of our language model's tensors by name."""
+    layers = source.config.num_hidden_layers
+    if layers > len(source.tensors):  # a billion would take long to make
         raise ValueError(
-            f"{tensor.where} has shape {list(tensor.shape)}, and the configuration asks for "
-            f"{list(shape)}"
+            f"{source.path} has {len(source.tensors)} tensors, too few for {layers} layers"
         )
+    try:
+        with torch.device("meta"):
+            ours = ScratchGPTForCausalLM(source.config).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{source.path}: no tensor can have the sizes given ({error})") from None
+    return {name: tuple(tensor.shape) for name, tensor in ours.items()}
 
 
-def _finite(stored: StoredTensor) -> torch.Tensor:
-    tensor = stored.read()
-    if tensor.numel():
-        lowest, highest = tensor.aminmax()  # both are NaN if any value is
-        if not (lowest.isfinite() and highest.isfinite()):
-            raise ValueError(f"{stored.where} holds NaN or infinity")
-    return tensor
+def _check(piece: Piece) -> None:
+    """Raise a ValueError if a stored tensor of `piece` has not the shape or kind that ours need."""
+    expected = piece.shapes
+    if len(piece.stored) == 1:  # one for all of ours, which are its parts along the outputs
+        outputs, *inputs = expected[0]
+        whole = (outputs * len(expected), *inputs)
+        expected = [whole[::-1] if piece.turned else whole]
+    for stored, shape in zip(piece.stored, expected, strict=False):
+        if stored.shape != shape:
+            raise ValueError(
+                f"{stored.where} has shape {list(stored.shape)}, and the configuration asks for "
+                f"{list(shape)}"
+            )
+        if not stored.dtype.is_floating_point:
+            raise ValueError(f"{stored.where} holds {stored.dtype}; weights are floating-point")
 
 
-def _owned(part: torch.Tensor, parts: int, dtype: torch.dtype | None) -> torch.Tensor:
-    """`part`, one of `parts` of a tensor, in memory of its own."""
-    cast = part.to(dtype or part.dtype)
-    if cast is not part or not cast.is_contiguous():
-        return cast.contiguous()
-    return cast.clone() if parts > 1 else cast
+def common_dtype(pieces: list[Piece]) -> torch.dtype:
+    """The data type that holds every stored tensor of `pieces` without loss."""
+    dtypes = {stored.dtype for piece in pieces for stored in piece.stored}
+    common = dtypes.pop()
+    for dtype in dtypes:
+        common = torch.promote_types(common, dtype)
+    return common
+
+
+def num_parameters(pieces: list[Piece]) -> int:
+    """How many numbers our tensors hold."""
+    return sum(prod(shape) for piece in pieces for shape in piece.shapes)
 
 
 def disassemble(
     ours: Mapping[str, torch.Tensor], config: ScratchGPTConfig
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a GPT-2 in transformers' format, made of ours; the inverse of `assemble`."""
+    """The tensors of a GPT-2 in transformers' format, made of ours; the inverse of `plan`."""
     gpt2 = {}
     for rule, layer in rules_of(config):
         names = [f"model.{name.format(layer)}" for name in rule.ours]

@@ -7,17 +7,20 @@ transformers is installed.
 """
 
 import argparse
-import hashlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 
-from .assemble import assemble
+from .assemble import common_dtype, num_parameters, plan
+from .commands import run_command
+from .digests import sha256
 from .hf_gpt2 import read_hf_gpt2
 from .llmc import is_llmc, read_llmc
 from .nanogpt import read_nanogpt
@@ -25,6 +28,7 @@ from .openai_release import read_openai_release
 from .sources import GPT2Source, load_pickle
 from .textbook import read_textbook
 from .verify import verify
+from .weights import write_weights
 
 FORMATS = ("openai", "hf", "nanogpt", "textbook", "llmc")
 
@@ -46,7 +50,7 @@ def recognize(source: str) -> str:
         return "hf"
     if is_llmc(source):
         return "llmc"
-    content = load_pickle(source)
+    content = load_pickle(source, check=False)
     if isinstance(content, dict) and "model_args" in content:
         return "nanogpt"
     return "textbook"
@@ -95,15 +99,13 @@ def convert(
         check: compare the logits of the result with the source's.
 
     Returns:
-        Lines that tell what was read, dropped and written.
+        Lines that tell what was read, dropped, checked and written.
 
     Raises:
         ValueError: a tensor is missing, left over, misshapen or not finite, or the logits differ.
     """
-    tensors = assemble(source, dtype)
-    with torch.device("meta"):
-        model = ScratchGPTForCausalLM(source.config).to(next(iter(tensors.values())).dtype)
-    parameters = sum(tensor.numel() for tensor in tensors.values())
+    pieces = plan(source)
+    dtype = dtype or common_dtype(pieces)
     out.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in out.parent.glob(f".{out.name}-*.unfinished"):
         shutil.rmtree(abandoned, ignore_errors=True)
@@ -111,32 +113,64 @@ def convert(
         dir=out.parent, prefix=f".{out.name}-", suffix=".unfinished"
     ) as unfinished:
         complete = Path(unfinished) / out.name
-        model.save_pretrained(complete, state_dict=tensors, max_shard_size=max_shard_size)
-        tensors.clear()
-        if source.tokenizer is not None:
-            source.tokenizer.save_pretrained(complete)
-        report = [
-            f"read     {len(source.tensors)} tensors of {source.path} ({source.origin})",
-            *(f"dropped  {name}: {reason}" for name, reason in source.dropped.items()),
-        ]
-        if source.tokenizer is None:
-            report.append("no vocabulary: pass --tokenizer to save one with the model")
+        save_all_but_weights(source, dtype, complete)
+        digests = write_weights(complete, pieces, dtype, max_shard_size)
+        report = list(_read_and_dropped(source))
         if check:
             largest, mean = verify(source, complete)
             report.append(f"checked  logits differ by {largest:.2g} at most, {mean:.2g} on average")
-        write_model_card(complete, source, parameters)
+        parameters = num_parameters(pieces)
+        write_model_card(complete, source, parameters, digests)
         if out.exists():
             out.rename(Path(unfinished) / "replaced")
         complete.rename(out)
-    report.append(f"wrote    {parameters:,} parameters in {model.dtype} to {out}")
+    report.append(f"wrote    {parameters:,} parameters in {dtype} to {out}")
     return report
 
 
-def write_model_card(folder: Path, source: GPT2Source, parameters: int) -> None:
-    """Write README.md: where the model comes from, its sizes, its files' checksums."""
+def save_all_but_weights(source: GPT2Source, dtype: torch.dtype, folder: Path) -> None:
+    """Write configurations, code and vocabulary to `folder`."""
+    with torch.device("meta"):
+        model = ScratchGPTForCausalLM(source.config).to(dtype)
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would count no weights
+    try:
+        model.save_pretrained(folder, state_dict={})
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+
+
+def _read_and_dropped(source: GPT2Source) -> Iterator[str]:
+    yield f"read     {len(source.tensors)} tensors of {source.path} ({source.origin})"
+    for reason in dict.fromkeys(source.dropped.values()):
+        names = [name for name, why in source.dropped.items() if why == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"dropped  {names[0]}{more}: {reason}"
+    for file in source.unchecked:
+        yield (
+            f"trusted  {file} has no checksum; one beside it, as `sha256sum FILE > SHA256SUMS` "
+            "writes it, would show a damaged bit"
+        )
+    if source.tokenizer is None:
+        yield "lacks    a vocabulary; --tokenizer saves one with the model"
+
+
+def write_model_card(
+    folder: Path, source: GPT2Source, parameters: int, digests: dict[str, str]
+) -> None:
+    """Write README.md: where the model comes from, its sizes, its files' SHA-256.
+
+    Args:
+        digests: those that are known already, by file name.
+    """
     config = source.config
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    digests = [f"| {path.name} | {path.stat().st_size:,} | `{_sha256(path)}` |" for path in files]
+    rows = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest = digests.get(path.name) or sha256(path)
+        rows.append(f"| {path.name} | {path.stat().st_size:,} | `{digest}` |")
     lines = [
         "---",
         "library_name: transformers",
@@ -155,18 +189,10 @@ def write_model_card(folder: Path, source: GPT2Source, parameters: int) -> None:
         "",
         "| File | Bytes | SHA-256 |",
         "| --- | ---: | --- |",
-        *digests,
+        *rows,
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,19 +215,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
     options = parser.parse_args(arguments)
+    return run_command(lambda: _convert(options))
+
+
+def _convert(options: argparse.Namespace) -> None:
     out = Path(options.out)
-    try:
-        if out.exists() and not options.overwrite and (out.is_file() or any(out.iterdir())):
-            raise ValueError(f"{out} exists already; choose another folder or pass --overwrite")
-        dtype = getattr(torch, options.dtype) if options.dtype else None
-        report = convert(
-            open_source(options), out, dtype, options.max_shard_size, not options.no_verify
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    if out.exists() and not options.overwrite and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; choose another folder or pass --overwrite")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    source = open_source(options)
+    report = convert(source, out, dtype, options.max_shard_size, not options.no_verify)
     print("\n".join(report))
-    return 0
 
 
 if __name__ == "__main__":

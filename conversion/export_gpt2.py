@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 
 from .assemble import disassemble
+from .commands import run_command
 from .verify import gpt2_config
 
 
@@ -43,6 +44,7 @@ def export(source: str, out: Path) -> None:
         if out.exists():
             out.rmdir()
         complete.rename(out)
+    print(f"wrote {out}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,13 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", help="folder of a saved model")
     parser.add_argument("out", help="folder to write")
     options = parser.parse_args(arguments)
-    try:
-        export(options.source, Path(options.out))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {options.out}")
-    return 0
+    return run_command(lambda: export(options.source, Path(options.out)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTTokenizer
 
+from .digests import unchecked_files
 from .sources import GPT2Source, StoredTensor, load_pickle, stored_tensors
+from .weights import DTYPES
 
 # OpenAI's sizes on the hub.
 OFFICIAL = {
@@ -20,7 +22,17 @@ OFFICIAL = {
     "774M": "openai-community/gpt2-large",
     "1558M": "openai-community/gpt2-xl",
 }
-_FILES = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.tiktoken"]
+_FILES = ["*.json", "*.txt", "*.tiktoken"]
+# By the names of safetensors; the whole numbers occur in buffers, which are left out.
+_DTYPES = {
+    **DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def read_hf_gpt2(source: str) -> GPT2Source:
@@ -32,7 +44,7 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     """
     folder = Path(source)
     if not folder.is_dir():
-        folder = Path(snapshot_download(OFFICIAL.get(source, source), allow_patterns=_FILES))
+        folder = _download(OFFICIAL.get(source, source))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder / 'config.json'} is missing")
     try:
@@ -43,7 +55,10 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     if kind != "gpt2":
         raise ValueError(f"{source} is a model of type {kind!r}; only GPT-2 can be converted")
     config = ScratchGPTConfig.from_pretrained(folder)
-    tensors = _tensors(folder)
+    files = _weight_files(folder)
+    tensors = {}
+    for file in files:
+        tensors.update(_safetensors(file) if file.suffix == ".safetensors" else _pickle(file))
     names = {name: name.removeprefix("transformer.") for name in tensors}
     by_name = {names[name]: tensor for name, tensor in tensors.items()}
     dropped = {
@@ -53,8 +68,8 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     }
     if config.tie_word_embeddings and "lm_head.weight" in by_name:
         dropped[by_name.pop("lm_head.weight").name] = "tied to the token embedding"
-    files = ScratchGPTTokenizer.vocab_files_names.values()
-    has_vocabulary = any((folder / name).is_file() for name in files)
+    vocabulary_files = ScratchGPTTokenizer.vocab_files_names.values()
+    has_vocabulary = any((folder / name).is_file() for name in vocabulary_files)
     tokenizer = ScratchGPTTokenizer.from_pretrained(folder) if has_vocabulary else None
     return GPT2Source(
         "transformers GPT-2",
@@ -64,47 +79,63 @@ def read_hf_gpt2(source: str) -> GPT2Source:
         inputs_first=True,
         dropped=dropped,
         tokenizer=tokenizer,
+        unchecked=unchecked_files(files),
     )
 
 
-def _tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors in the folder's weight files, whichever there are."""
-    for single, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", _pickle)):
+def _download(hub_id: str) -> Path:
+    """The folder to which the hub's `hub_id` was fetched, with one kind of weight files."""
+    folder = Path(snapshot_download(hub_id, allow_patterns=[*_FILES, "*.safetensors"]))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(hub_id, allow_patterns=[*_FILES, "*.bin"]))
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The folder's weight files, safetensors before pickles."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
-            return read(folder / single)
+            return [folder / single]
         if index.is_file():
             try:
                 shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{index} is no index of weight files") from None
-            tensors: dict[str, StoredTensor] = {}
-            for shard in sorted(shards):
+            for shard in shards:
                 if Path(shard).name != shard or not (folder / shard).is_file():
                     raise ValueError(f"{folder / shard} is missing, and {index} lists it")
-                tensors.update(read(folder / shard))
-            return tensors
+            return [folder / shard for shard in sorted(shards)]
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
 def _safetensors(path: Path) -> dict[str, StoredTensor]:
+    tensors = {}
     with _open(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return {
-        name: StoredTensor(name, str(path), shape, partial(_read, path, name))
-        for name, shape in shapes.items()
-    }
+        for name in file.keys():  # noqa: SIM118  # it is no mapping
+            stored = file.get_slice(name)
+            kind = stored.get_dtype()
+            if kind not in _DTYPES:
+                raise ValueError(f"{path}: {name} holds {kind}; weights are {', '.join(DTYPES)}")
+            tensors[name] = StoredTensor(
+                name,
+                str(path),
+                tuple(stored.get_shape()),
+                _DTYPES[kind],
+                partial(_read, path, name),
+            )
+    return tensors
 
 
 def _read(path: Path, name: str) -> torch.Tensor:
+    # The file is opened for each tensor: its mapped pages count as memory until the last one goes.
     with _open(path) as file:
         return file.get_tensor(name)
 
 
 def _open(path: Path) -> Any:
     try:
-        # Read, not mapped: pages of a mapped file count as memory of the process.
-        return safe_open(path, framework="pt", backend="pread")
+        return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is no complete safetensors file ({error})") from None
 

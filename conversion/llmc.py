@@ -5,14 +5,16 @@ struct ParameterTensors of train_gpt2.c, those of one kind for all layers togeth
 """
 
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 
 from hf_scratch_gpt import ScratchGPTConfig
 
+from .digests import unchecked_files
 from .nanogpt import trim_vocabulary
-from .sources import GPT2Source, StoredTensor
+from .sources import GPT2Source, StoredTensor, map_tensor
 
 MAGIC = 20240326
 _HEADER = 256 * 4
@@ -48,12 +50,16 @@ def read_llmc(source: str) -> GPT2Source:
         max_position_embeddings=positions,
     )
     dtype = _DTYPES[version]
-    tensors, end = _layout(source, dtype, padded, positions, layers, width)
-    if path.stat().st_size != end:
-        raise ValueError(
-            f"{source} has {path.stat().st_size} bytes, and the sizes in its header take {end}"
-        )
-    opened = GPT2Source(f"llm.c, version {version}", source, config, tensors)
+    size = path.stat().st_size
+    # A layer has the matrices c_attn (3C, C), c_proj (C, C), c_fc (4C, C) and c_proj (C, 4C), their
+    # biases and two norms; a norm follows the last.
+    numbers_stored = (padded + positions + 2) * width + layers * (12 * width + 13) * width
+    expected = _HEADER + numbers_stored * dtype.itemsize
+    if size != expected:
+        raise ValueError(f"{source} has {size} bytes, and the sizes in its header take {expected}")
+    unchecked = unchecked_files([path])
+    tensors = _layout(source, dtype, padded, positions, layers, width)
+    opened = GPT2Source(f"llm.c, version {version}", source, config, tensors, unchecked=unchecked)
     if vocabulary != padded:
         trim_vocabulary(opened, vocabulary)
     return opened
@@ -61,8 +67,8 @@ def read_llmc(source: str) -> GPT2Source:
 
 def _layout(
     source: str, dtype: torch.dtype, vocabulary: int, positions: int, layers: int, width: int
-) -> tuple[dict[str, StoredTensor], int]:
-    """Where each tensor lies, by transformers' names, and where the last one ends."""
+) -> dict[str, StoredTensor]:
+    """Where each tensor lies, by transformers' names."""
     one: list[tuple[str, tuple[int, ...]]] = [
         ("wte.weight", (vocabulary, width)),
         ("wpe.weight", (positions, width)),
@@ -87,16 +93,7 @@ def _layout(
     order += last
     tensors, offset = {}, _HEADER
     for name, shape in order:
-        tensors[name] = StoredTensor(
-            name, source, shape, partial(_read, source, offset, shape, dtype)
-        )
-        offset += torch.Size(shape).numel() * dtype.itemsize
-    return tensors, offset
-
-
-def _read(source: str, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    data = bytearray(torch.Size(shape).numel() * dtype.itemsize)
-    with Path(source).open("rb") as file:
-        file.seek(offset)
-        file.readinto(data)
-    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+        read = partial(map_tensor, source, offset, shape, dtype)
+        tensors[name] = StoredTensor(name, source, shape, dtype, read)
+        offset += prod(shape) * dtype.itemsize
+    return tensors

@@ -7,6 +7,7 @@ import torch
 
 from hf_scratch_gpt import ScratchGPTConfig
 
+from .digests import unchecked_files
 from .sources import GPT2Source, StoredTensor, load_pickle, stored_tensors, take_tied_head
 
 # nanoGPT rounds GPT-2's vocabulary up to a multiple of 64; no text has the ids above.
@@ -43,7 +44,15 @@ def read_nanogpt(source: str) -> GPT2Source:
         for name in list(tensors)
         if name.endswith(".attn.bias")
     }
-    opened = GPT2Source("nanoGPT", path, config, tensors, biases_optional=not bias, dropped=dropped)
+    opened = GPT2Source(
+        "nanoGPT",
+        path,
+        config,
+        tensors,
+        biases_optional=not bias,
+        dropped=dropped,
+        unchecked=unchecked_files([Path(path)]),
+    )
     take_tied_head(opened)
     if config.vocab_size == _PADDED:
         trim_vocabulary(opened, _VOCABULARY)
@@ -65,6 +74,7 @@ def trim_vocabulary(source: GPT2Source, size: int) -> None:
             stored.name,
             stored.file,
             (size, *stored.shape[1:]),
+            stored.dtype,
             partial(_first_rows, stored, size),
         )
         rows = stored.shape[0] - size

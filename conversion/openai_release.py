@@ -62,6 +62,7 @@ def read_openai_release(source: str) -> GPT2Source:
             name,
             str(folder),
             shape[1:] if is_matrix else shape,
+            bundle.dtype(name),
             partial(_read, bundle, name, is_matrix),
         )
     return GPT2Source(

@@ -1,10 +1,13 @@
-"""What a reader of a checkpoint format hands over."""
+"""What a reader of a checkpoint format hands over, and what the readers share."""
 
+import mmap
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
+from pathlib import Path
 
 import torch
 
@@ -19,12 +22,14 @@ class StoredTensor:
         name: its name in the source.
         file: the file, for messages.
         shape: its shape there.
+        dtype: its data type there.
         read: reads it; each call reads it anew.
     """
 
     name: str
     file: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     read: Callable[[], torch.Tensor]
 
     @property
@@ -48,6 +53,7 @@ class GPT2Source:
         biases_optional: whether a missing bias is a bias of zeros.
         dropped: names of tensors left out on purpose, and why.
         tokenizer: the vocabulary that came with it.
+        unchecked: files that nothing vouches for: neither the format nor a list of digests.
     """
 
     origin: str
@@ -59,24 +65,57 @@ class GPT2Source:
     biases_optional: bool = False
     dropped: dict[str, str] = field(default_factory=dict)
     tokenizer: ScratchGPTTokenizer | None = None
+    unchecked: list[str] = field(default_factory=list)
 
 
-def load_pickle(path: str) -> object:
-    """What `torch.save` wrote to `path`: tensors and plain values only, mapped from the file.
+def map_bytes(path: str | Path, offset: int, size: int) -> torch.Tensor:
+    """The `size` bytes at `offset` of the file `path`, (size,) of uint8.
+
+    They are mapped, not read: memory is taken as they are touched, and given back with the tensor.
 
     Raises:
-        ValueError: it is no such file, or would run code.
+        ValueError: the file ends before.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            try:
-                damaged = archive.testzip()
-            except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path} is damaged ({error})") from None
-        if damaged is not None:
-            raise ValueError(f"{path}: {damaged} does not match its checksum: it is damaged")
+    length = Path(path).stat().st_size
+    if offset + size > length:
+        raise ValueError(
+            f"{path} has {length} bytes, and {size} were expected at {offset}: it is cut short"
+        )
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    with Path(path).open("rb") as file:
+        # A copy on write, since torch has no tensors that cannot be written to.
+        area = mmap.mmap(
+            file.fileno(), offset + size - start, access=mmap.ACCESS_COPY, offset=start
+        )
+    return torch.frombuffer(area, dtype=torch.uint8, offset=offset - start)
+
+
+def map_tensor(
+    path: str | Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """The contiguous tensor at byte `offset` of the file `path`, mapped as by `map_bytes`."""
+    size = prod(shape) * dtype.itemsize
+    return map_bytes(path, offset, size).view(dtype).reshape(shape)
+
+
+def load_pickle(path: str, check: bool = True) -> object:
+    """What `torch.save` wrote to `path`: plain values, and tensors that hold no data yet.
+
+    Args:
+        check: compare all data in it with its checksums.
+
+    Raises:
+        ValueError: it is no such file, is damaged, or would run code.
+    """
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _check_archive(path, check)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Before PyTorch 1.6 files were no archives; those are read whole.
+        device = "meta" if is_zip else "cpu"
+        return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises whatever its readers meet
@@ -87,6 +126,24 @@ def load_pickle(path: str) -> object:
         ) from None
 
 
+def _check_archive(path: str, checksums: bool) -> None:
+    """Raise a ValueError if the archive `path` is not as torch.save writes it on our machines."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{path}: {member.filename} is compressed; torch.save stores")
+                # torch would turn the bytes of tensors that hold none, and crash.
+                is_order = member.filename.lower().endswith("byteorder")
+                if is_order and archive.read(member) != b"little":
+                    raise ValueError(f"{path} is big-endian; save it on a little-endian machine")
+            damaged = archive.testzip() if checksums else None
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if damaged is not None:
+        raise ValueError(f"{path}: {damaged} does not match its checksum: it is damaged")
+
+
 def stored_tensors(tensors: dict[str, torch.Tensor], path: str) -> dict[str, StoredTensor]:
     """The tensors of a pickle at `path`, prefixes of torch.compile and DDP removed."""
     stored = {}
@@ -94,12 +151,19 @@ def stored_tensors(tensors: dict[str, torch.Tensor], path: str) -> dict[str, Sto
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
         plain = name.replace("_orig_mod.", "").replace("module.", "")
-        stored[plain] = StoredTensor(name, path, tuple(tensor.shape), partial(_same, tensor))
+        read = partial(_read_pickled, tensor, path)
+        stored[plain] = StoredTensor(name, path, tuple(tensor.shape), tensor.dtype, read)
     return stored
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _read_pickled(tensor: torch.Tensor, path: str) -> torch.Tensor:
+    """`tensor`, its data taken from the archive `path` if it holds none."""
+    if not tensor.is_meta:
+        return tensor
+    storage = tensor.untyped_storage()
+    assert storage._checkpoint_offset is not None, "torch.load sets it for the device meta"
+    data = map_bytes(path, storage._checkpoint_offset, storage.nbytes()).view(tensor.dtype)
+    return data.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def take_tied_head(

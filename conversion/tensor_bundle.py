@@ -9,14 +9,18 @@ lie.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import google_crc32c
 import torch
 
+from .sources import map_bytes
+
 _FOOTER_SIZE = 48
 _MAGIC = 0xDB4775248B80FB57
-_FLOAT32 = 1  # DT_FLOAT in tensorflow/core/framework/types.proto
+# By the numbers of tensorflow/core/framework/types.proto.
+_DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}
 
 
 @dataclass
@@ -57,32 +61,45 @@ class TensorBundle:
                 f"{self.index_path} is big-endian; only little-endian checkpoints can be read"
             )
         self._entries = {
-            name.decode(): _parse_entry(value, self.index_path) for name, value in entries.items()
+            name.decode(errors="backslashreplace"): _parse_entry(value, self.index_path)
+            for name, value in entries.items()
         }
+        self._checked: set[str] = set()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor by name, in the order of the index."""
         return {name: tuple(entry.shape) for name, entry in self._entries.items()}
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The data type of the tensor `name`.
+
+        Raises:
+            ValueError: it is none that GPT-2's weights have.
+        """
+        number = self._entries[name].dtype
+        if number not in _DTYPES:
+            raise ValueError(
+                f"{self.index_path}: {name} has TensorFlow's data type {number}; weights are "
+                f"floating-point, {', '.join(map(str, _DTYPES))}"
+            )
+        return _DTYPES[number]
+
     def tensor(self, name: str) -> torch.Tensor:
-        """Read the float32 tensor `name`.
+        """The tensor `name`, mapped from its file and compared with its checksum the first time.
 
         Raises:
             ValueError: its bytes are missing, or do not match their checksum.
         """
         entry = self._entries[name]
-        if entry.dtype != _FLOAT32:
-            raise ValueError(
-                f"{self.index_path}: {name} has data type {entry.dtype}; only float32 (1) is read"
-            )
+        dtype = self.dtype(name)
         shard = self._prefix.with_name(
             f"{self._prefix.name}.data-{entry.shard:05d}-of-{self.num_shards:05d}"
         )
         where = f"{shard}: {name}"
         if not shard.is_file():
             raise ValueError(f"{shard} is missing, and {name} lies in it")
-        expected = 4 * torch.Size(entry.shape).numel()
+        expected = dtype.itemsize * prod(entry.shape)
         if entry.size != expected:
             raise ValueError(
                 f"{where} has {entry.size} bytes, but its shape {entry.shape} takes {expected}"
@@ -92,21 +109,17 @@ class TensorBundle:
                 f"{where} ends at byte {entry.offset + entry.size}, past the file's "
                 f"{shard.stat().st_size}: the file is cut short; fetch it again"
             )
-        data = bytearray(entry.size)
-        with shard.open("rb") as file:
-            file.seek(entry.offset)
-            file.readinto(data)
-        if _masked_crc(data) != entry.checksum:
+        data = map_bytes(shard, entry.offset, entry.size)
+        if name not in self._checked and _masked_crc(data.numpy().data) != entry.checksum:
             raise ValueError(f"{where} does not match its checksum: it is damaged; fetch it again")
-        if not data:
-            return torch.empty(entry.shape)
-        return torch.frombuffer(data, dtype=torch.float32).reshape(entry.shape)
+        self._checked.add(name)
+        return data.view(dtype).reshape(entry.shape)
 
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20  # fits a processor's cache, since google_crc32c takes nothing but copies
 
 
-def _masked_crc(data: bytearray | bytes) -> int:
+def _masked_crc(data: memoryview) -> int:
     """CRC-32C, rotated and shifted as LevelDB stores it."""
     crc = 0
     for start in range(0, len(data), _CHUNK):
@@ -161,6 +174,8 @@ def _parse_entry(message: bytes, path: Path) -> _Entry:
             dimensions = [dict(_fields(bytes(v), path)) for n, v in _fields(value, path) if n == 2]
             entry.shape = [int(dimension.get(1, 0)) for dimension in dimensions]
         elif number in names:
+            if not isinstance(value, int):
+                raise ValueError(f"{path} is damaged: the {names[number]} of a tensor is no number")
             setattr(entry, names[number], value)
         elif number == 7:
             raise ValueError(f"{path} holds sliced tensors; save the checkpoint unpartitioned")
@@ -192,7 +207,7 @@ def _read_block(data: bytes, handle: bytes, path: Path) -> Iterator[tuple[bytes,
         raise ValueError(
             f"{path} is cut short: a block of {size} bytes at {offset} runs past its end"
         )
-    if _masked_crc(block + trailer[:1]) != int.from_bytes(trailer[1:], "little"):
+    if _masked_crc(memoryview(block + trailer[:1])) != int.from_bytes(trailer[1:], "little"):
         raise ValueError(f"{path} does not match its checksum at byte {offset}: fetch it again")
     if trailer[0] != 0:
         raise ValueError(

@@ -6,10 +6,12 @@ its LayerNorms have `scale` and `shift` (Raschka, Build a Large Language Model F
 """
 
 import re
+from pathlib import Path
 
 from hf_scratch_gpt import ScratchGPTConfig
 from hf_scratch_gpt.configuration_scratch_gpt import PRESETS
 
+from .digests import unchecked_files
 from .sources import GPT2Source, load_pickle, stored_tensors, take_tied_head
 
 
@@ -55,7 +57,13 @@ def read_textbook(
         if name.endswith(".att.mask")
     }
     opened = GPT2Source(
-        "textbook state dict", source, config, tensors, textbook=True, dropped=dropped
+        "textbook state dict",
+        source,
+        config,
+        tensors,
+        textbook=True,
+        dropped=dropped,
+        unchecked=unchecked_files([Path(source)]),
     )
     take_tied_head(opened, "out_head.weight", "tok_emb.weight")
     return opened

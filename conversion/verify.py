@@ -14,9 +14,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.utils import logging
 
 from hf_scratch_gpt import LayerNorm, ScratchGPTConfig, TransformerBlock
 
+from .commands import run_command
 from .sources import GPT2Source
 
 _TOKENS = 16
@@ -59,7 +61,8 @@ def run_layers(
         names: of the token and position embedding, the final norm's weight and bias, and the head.
     """
     hidden_states = tensor(names["tokens"])[ids] + tensor(names["positions"])[: ids.shape[1]]
-    for layer in range(config.num_hidden_layers):
+    layers = range(config.num_hidden_layers)
+    for layer in logging.tqdm(layers, desc="Comparing", leave=False, delay=1):
         output = block(layer)(hidden_states)
         hidden_states = output[0] if isinstance(output, tuple) else output
     norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -131,11 +134,11 @@ def result_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     config._attn_implementation = "sdpa"
     files = {}
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt", backend="pread") as file:
+        with safe_open(path, framework="pt") as file:
             files.update(dict.fromkeys(file.keys(), path))
 
     def tensor(name: str) -> torch.Tensor:
-        with safe_open(files[name], framework="pt", backend="pread") as file:
+        with safe_open(files[name], framework="pt") as file:
             return file.get_tensor(name).float()
 
     def block(layer: int) -> nn.Module:
@@ -182,13 +185,12 @@ def main(arguments: list[str] | None = None) -> int:
     add_source_arguments(parser)
     parser.add_argument("out", help="the saved model")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         largest, mean = verify(open_source(options), Path(options.out))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"logits differ by {largest:.3g} at most, by {mean:.3g} on average")
-    return 0
+        print(f"logits differ by {largest:.3g} at most, by {mean:.3g} on average")
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

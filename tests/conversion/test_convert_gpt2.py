@@ -145,3 +145,13 @@ def test_missing_source(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_conversion_leaves_nothing(openai_tiny, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conversion.convert_gpt2.verify", interrupt)
+    assert main([str(openai_tiny), str(tmp_path / "out")]) == 130
+    assert "nothing was changed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import zipfile
+from hashlib import sha256
 
 import pytest
 import torch
@@ -347,16 +348,16 @@ def test_damaged_files_are_refused(damage, kind, tmp_path, capsys):
     arguments = write_source(kind, tmp_path / "source", nothing)
     path = weight_file(tmp_path / "source")
     data = path.read_bytes()
-    if damage == "flipped bit":
-        if kind == "hf":
-            pytest.skip("safetensors has no checksum to notice it by")
+    if damage == "flipped bit" and kind == "hf":
+        # The format has no checksum of its own.
+        (path.parent / "SHA256SUMS").write_text(f"{sha256(data).hexdigest()}  {path.name}\n")
+        data = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+    elif damage == "flipped bit":
         with zipfile.ZipFile(path) as archive:
             largest = max(archive.infolist(), key=lambda entry: entry.file_size)
             place = data.index(archive.read(largest)[:64])
         data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
     elif damage == "runs code":
-        if kind == "hf":
-            pytest.skip("safetensors holds no code")
         data = pickle.dumps({"model": RunsCode(), "tok_emb.weight": RunsCode()})
     else:
         data = {"cut": data[: len(data) // 2], "text": b"Hello, world!\n" * 50, "empty": b""}[
@@ -374,13 +375,17 @@ def test_damaged_files_are_refused(damage, kind, tmp_path, capsys):
         (lambda data: data + b"xxxx", r"model\.bin has \d+ bytes"),
         (lambda data: data[:4] + struct.pack("i", 7) + data[8:], r"version 7; versions 3 and 5"),
         (lambda data: data[:16] + struct.pack("i", -3) + data[20:], r"num_hidden_layers=-3"),
+        (
+            lambda data: data[:16] + struct.pack("i", 1 << 30) + data[20:],
+            r"model\.bin has \d+ bytes",
+        ),
         (lambda data: data[:500], r"does not begin like a checkpoint of llm\.c"),
         (
             lambda data: data[:2000] + struct.pack("f", float("nan")) + data[2004:],
             r"wte\.weight holds NaN or infinity",
         ),
     ],
-    ids=["cut", "longer", "version", "negative size", "header cut", "NaN"],
+    ids=["cut", "longer", "version", "negative size", "a billion layers", "header cut", "NaN"],
 )
 def test_spoilt_llmc_files_are_refused(change, message, tmp_path, capsys):
     llmc(tmp_path / "model.bin", random_weights())
@@ -405,3 +410,135 @@ def test_hf_config_that_disagrees(tmp_path, capsys):
     (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "n_embd": 64}))
     assert_refused(arguments, tmp_path / "out", r"wte\.weight has shape \[97, 32\]", capsys)
     shutil.rmtree(tmp_path / "source")
+
+
+def test_hf_config_of_a_billion_layers(tmp_path, capsys):
+    arguments = write_source("hf", tmp_path / "source", nothing)
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "n_layer": 10**9}))
+    assert_refused(
+        arguments, tmp_path / "out", r"\S+ has \d+ tensors, too few for 10+ layers", capsys
+    )
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "textbook"])
+def test_sizes_that_disagree_with_the_tensors(kind, tmp_path, capsys):
+    if kind == "nanogpt":
+        nanogpt(tmp_path / "ckpt.pt", random_weights(), vocabulary=61)
+        arguments, message = [str(tmp_path / "ckpt.pt")], r"wte\.weight has shape \[60, 16\]"
+    else:
+        textbook(tmp_path / "model.pth", random_weights())
+        arguments = [str(tmp_path / "model.pth"), "--num-heads", "3"]
+        message = r"hidden_size=16 does not divide into num_attention_heads=3"
+    assert_refused(arguments, tmp_path / "out", message, capsys)
+
+
+def test_whole_numbers_are_no_weights(tmp_path, capsys):
+    def round_off(state, name):
+        state[name] = state[name].round().int()
+
+    arguments = write_source("hf", tmp_path / "source", round_off)
+    message = r"\S+h\.10\.mlp\.c_fc\.weight holds torch\.int32; weights are floating-point"
+    assert_refused(arguments, tmp_path / "out", message, capsys)
+
+
+@pytest.mark.parametrize("place", ["SHA256SUMS", "model.bin.sha256", "hub cache", "hub folder"])
+def test_recorded_digests_are_compared(place, tmp_path, capsys):
+    llmc(tmp_path / "model.bin", random_weights())
+    path, data = tmp_path / "model.bin", (tmp_path / "model.bin").read_bytes()
+    digest = sha256(data).hexdigest()
+    if place == "hub cache":
+        file = tmp_path / "blobs" / digest
+        file.parent.mkdir()
+        path.rename(file)
+        path.symlink_to(file)
+    elif place == "hub folder":
+        metadata = tmp_path / ".cache" / "huggingface" / "download" / "model.bin.metadata"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"{'0' * 40}\n{digest}\n1700000000.0\n")
+    else:
+        (tmp_path / place).write_text(f"{'0' * 64}  another.bin\n{digest} *model.bin\n")
+    assert main([str(path), str(tmp_path / "right")]) == 0
+    assert "no checksum" not in capsys.readouterr().out
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    assert_refused([str(path)], tmp_path / "out", r"\S+model\.bin has the SHA-256 \w+", capsys)
+
+
+def test_a_file_without_checksum_is_said_to_be_trusted(tmp_path, capsys):
+    llmc(tmp_path / "model.bin", random_weights())
+    assert main([str(tmp_path / "model.bin"), str(tmp_path / "out")]) == 0
+    assert "model.bin has no checksum" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_pickles_from_before_archives(tmp_path):
+    random_gpt2(n_layer=LAYERS).save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    old = path.with_name("pytorch_model.bin")
+    torch.save(load_file(path), old, _use_new_zipfile_serialization=False)
+    expected = GPT2LMHeadModel.from_pretrained(tmp_path / "source")
+    path.unlink()
+    assert_converts(tmp_path / "source", tmp_path / "out", lambda ids: expected(ids).logits)
+
+
+def test_archives_that_torch_would_not_write(tmp_path, capsys):
+    textbook(tmp_path / "model.pth", random_weights())
+    for name, compression, byteorder, message in (
+        ("packed.pth", zipfile.ZIP_DEFLATED, b"little", "is compressed"),
+        ("big.pth", zipfile.ZIP_STORED, b"big", "is big-endian"),
+    ):
+        with (
+            zipfile.ZipFile(tmp_path / "model.pth") as source,
+            zipfile.ZipFile(tmp_path / name, "w", compression) as spoilt,
+        ):
+            for member in source.namelist():
+                content = byteorder if member.endswith("byteorder") else source.read(member)
+                spoilt.writestr(member, content)
+        arguments = [str(tmp_path / name), "--num-heads", "2"]
+        assert_refused(arguments, tmp_path / "out", rf"\S*{name}.* {message}", capsys)
+
+
+def test_shards(gpt2_folder, tmp_path):
+    assert main([str(gpt2_folder), str(tmp_path / "one")]) == 0
+    assert main([str(gpt2_folder), str(tmp_path / "many"), "--max-shard-size", "100KB"]) == 0
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    card = (tmp_path / "many" / "README.md").read_text()
+    for name in files:
+        assert f"`{sha256((tmp_path / 'many' / name).read_bytes()).hexdigest()}`" in card
+    one = ScratchGPTForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    many = ScratchGPTForCausalLM.from_pretrained(tmp_path / "many").state_dict()
+    assert one.keys() == many.keys()
+    assert all(torch.equal(many[name], tensor) for name, tensor in one.items())
+
+
+def test_weights_are_laid_out_as_the_library_does(gpt2_folder, tmp_path):
+    assert main([str(gpt2_folder), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    model = ScratchGPTForCausalLM.from_pretrained(gpt2_folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    theirs = load_file(tmp_path / "saved" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_values_too_large_for_half_precision(tmp_path, capsys):
+    def enlarge(state, name):
+        state[name] = state[name].clone()
+        state[name][0, 0] = 1e6
+
+    arguments = write_source("hf", tmp_path / "source", enlarge)
+    message = r"\S+10\.\S+weight has values past the 6\.55e\+04 that torch\.float16 holds"
+    assert_refused([*arguments, "--dtype", "float16"], tmp_path / "out", message, capsys)
+    assert main([*arguments, str(tmp_path / "out"), "--dtype", "bfloat16", "--no-verify"]) == 0
+
+
+def test_mixed_data_types_lose_nothing(tmp_path):
+    def halve(state, name):
+        state[name] = state[name].half()
+
+    arguments = write_source("hf", tmp_path / "source", halve)
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from conversion.convert_gpt2 import main
 from conversion.tensor_bundle import TensorBundle
+
+from .releases import write_release
 
 
 @pytest.fixture
@@ -49,3 +52,18 @@ def test_a_file_that_is_no_index(content, tmp_path):
     (tmp_path / "model.ckpt.index").write_bytes(content)
     with pytest.raises(ValueError, match=r"model.ckpt.index does not end like"):
         TensorBundle(tmp_path / "model.ckpt")
+
+
+def test_a_release_in_several_shards(openai_tiny, tmp_path):
+    sizes = dict(n_vocab=400, n_ctx=32, n_embd=48, n_head=4, n_layer=12)
+    weights = []
+    for num_shards in (1, 3):
+        release, out = tmp_path / f"release{num_shards}", tmp_path / f"out{num_shards}"
+        write_release(release, openai_tiny, sizes, num_shards=num_shards)
+        assert len(list(release.glob("*.data-*"))) == num_shards
+        assert main([str(release), str(out)]) == 0
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    (tmp_path / "release3" / "model.ckpt.data-00001-of-00003").unlink()
+    assert main([str(tmp_path / "release3"), str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()

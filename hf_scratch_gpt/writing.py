@@ -1,0 +1,115 @@
+"""Text out of a model as it comes, and on past the end of the context window."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+# A character has up to four bytes in UTF-8, and a byte-level token at least one.
+_LONGEST_CHARACTER = 4
+
+
+def write(
+    model: GenerationMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 200,
+    on_text: Callable[[str], None] | None = None,
+    **generation: Any,
+) -> str:
+    """Continue `prompt`, in one text of any length.
+
+    Where the text reaches the model's last position, the model reads the last half of its window
+    again as a new beginning, and goes on from there; it has forgotten what came before.
+
+    Args:
+        model: a language model; `config.max_position_embeddings` is the length of its window.
+        tokenizer: its tokenizer.
+        prompt: what to continue, of at least one token. Of a prompt longer than the window the
+            model reads the end.
+        max_new_tokens: how many tokens to write at most; the end-of-text token ends the text.
+        on_text: called with each piece of text as soon as its characters are complete.
+        generation: for `generate`, such as `do_sample`, `temperature`, `top_k`, `top_p`.
+
+    Returns:
+        What was written, without the prompt.
+
+    Raises:
+        ValueError: the prompt has no tokens, or `max_new_tokens` is below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is below 1; ask for at least one token")
+    ids = tokenizer(prompt, return_tensors="pt").input_ids  # (1, T)
+    if not ids.shape[1]:
+        raise ValueError(
+            f"the prompt {prompt!r} has 0 tokens; give at least one character, or the "
+            f"end-of-text token {tokenizer.eos_token} to begin a text"
+        )
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    window = model.config.max_position_embeddings
+    streamer = _PieceStreamer(tokenizer, on_text)
+    ids = ids.to(model.device)
+    left = max_new_tokens
+    while left:
+        if ids.shape[1] >= window:
+            ids = ids[:, -max(1, window // 2) :]
+        count = min(left, max(1, window - ids.shape[1]))
+        streamer.expect_prompt()
+        ids = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            streamer=streamer,
+            **generation,
+        )
+        left -= count
+        if ids[0, -1].item() in ends:
+            break
+    return streamer.finish()
+
+
+class _PieceStreamer(BaseStreamer):
+    """Decodes new tokens as `generate` hands them over, holding back incomplete characters."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._held: list[int] = []
+        self._pieces: list[str] = []
+        self._prompt_comes = False
+
+    def expect_prompt(self) -> None:
+        """What is put next has been written already."""
+        self._prompt_comes = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_comes:
+            self._prompt_comes = False
+            return
+        self._held += value.flatten().tolist()
+        text = self._decode()
+        if not text.endswith("\ufffd") or len(self._held) >= _LONGEST_CHARACTER:
+            self._hand_over(text)
+
+    def end(self) -> None:
+        """One window is full; the text may go on in the next."""
+
+    def finish(self) -> str:
+        """Hand over what is held back; return all that was written."""
+        if self._held:
+            self._hand_over(self._decode())
+        return "".join(self._pieces)
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._held, skip_special_tokens=True)
+
+    def _hand_over(self, text: str) -> None:
+        self._held.clear()
+        self._pieces.append(text)
+        if text and self._on_text is not None:
+            self._on_text(text)

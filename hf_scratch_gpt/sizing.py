@@ -1,0 +1,299 @@
+"""How large a model is and what it costs: arithmetic on a configuration, nothing is built.
+
+Parameters are exact. FLOPs are those of the matrix products, a multiplication with an addition
+counted as two. Memory is that of the tensors which live at one time.
+"""
+
+# B batch, T tokens of a text, C hidden, I feed-forward, H heads, V vocabulary, L blocks
+
+import math
+from dataclasses import dataclass
+
+from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters by component.
+
+    Args:
+        token_embedding, position_embedding: a vector of C for each token id, each position.
+        attention, feed_forward: the projections of all blocks, four and two in each.
+        norms: scales and shifts of two LayerNorms a block and of the last one.
+        output_head: V * C, or 0 if it shares the token embedding's weights.
+    """
+
+    token_embedding: int
+    position_embedding: int
+    attention: int
+    feed_forward: int
+    norms: int
+    output_head: int
+
+    @property
+    def total(self) -> int:
+        """All parameters, shared ones once."""
+        return self.tied_total + self.output_head
+
+    @property
+    def tied_total(self) -> int:
+        """All parameters where the output head shares the token embedding's weights."""
+        embeddings = self.token_embedding + self.position_embedding
+        return embeddings + self.attention + self.feed_forward + self.norms
+
+    @property
+    def untied_total(self) -> int:
+        """All parameters where the output head has weights of its own."""
+        return self.tied_total + self.token_embedding
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that one step of training takes.
+
+    Args:
+        weights, gradients, moments: one, one and two numbers for each parameter.
+        activations: what the forward pass keeps for the backward pass, the loss apart.
+        loss: log-probabilities and gradients, each as large as the logits, (B, T, V).
+        peak: the most that lives at one time; less than the sum, as gradients replace activations.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    loss: int
+    peak: int
+
+
+def count_parameters(config: ScratchGPTConfig) -> ParameterCounts:
+    """Count the parameters of a `ScratchGPTForCausalLM` of this configuration.
+
+    The shapes are those of Radford et al. 2019, section 2.3, on Vaswani et al. 2017, sections 3.2
+    and 3.3: a projection from A to B has A * B weights and B biases; the head has no bias.
+    """
+    hidden, inner = config.hidden_size, _inner(config)
+    token_embedding = config.vocab_size * hidden
+    projections = 4 * hidden * hidden + hidden + (3 * hidden if config.qkv_bias else 0)
+    return ParameterCounts(
+        token_embedding=token_embedding,
+        position_embedding=config.max_position_embeddings * hidden,
+        attention=config.num_hidden_layers * projections,
+        feed_forward=config.num_hidden_layers * (2 * hidden * inner + inner + hidden),
+        norms=(2 * config.num_hidden_layers + 1) * 2 * hidden,
+        output_head=0 if config.tie_word_embeddings else token_embedding,
+    )
+
+
+def storage_bytes(parameters: int, dtype: str = "float32") -> int:
+    """Bytes of `parameters` numbers in `dtype`, one of `BYTES`; int8 without its scales."""
+    if dtype not in BYTES:
+        raise ValueError(f"dtype={dtype!r} is not known here; give one of {', '.join(BYTES)}")
+    return parameters * BYTES[dtype]
+
+
+def kv_cache_bytes(config: ScratchGPTConfig, tokens: int = 1, dtype: str = "float32") -> int:
+    """Bytes of the keys and values that generation keeps for `tokens` tokens of one text.
+
+    Each block keeps a key and a value of C numbers a token (Shazeer 2019, section 2.4).
+    """
+    return storage_bytes(2 * config.num_hidden_layers * config.hidden_size * tokens, dtype)
+
+
+def forward_flops_per_token(config: ScratchGPTConfig, length: int | None = None) -> int:
+    """FLOPs of the matrix products for one token of a text of `length` tokens, on average.
+
+    A weight takes 2 FLOPs a token, the embeddings none (Kaplan et al. 2020, section 2.1 and table
+    1). Scores and weighted sums take 2 * T * C each in a block: all T keys count for every token,
+    though causal attention needs half of them. So count Chowdhery et al. 2022, appendix B, and
+    torch's `FlopCounterMode`, but that it knows no formula for the attention kernel of CPUs.
+
+    Args:
+        length: T; the model's positions if not given.
+
+    Raises:
+        ValueError: `length` is below 1 or above the model's positions.
+    """
+    length = _checked_length(config, length)
+    hidden, inner = config.hidden_size, _inner(config)
+    block = 4 * hidden * hidden + 2 * hidden * inner + 2 * length * hidden
+    return 2 * (config.num_hidden_layers * block + config.vocab_size * hidden)
+
+
+def training_flops_per_token(
+    config: ScratchGPTConfig, length: int | None = None, recomputes_scores: bool = False
+) -> int:
+    """FLOPs of the matrix products, forward and backward, for one token on average.
+
+    Three times the forward pass: each product X W has a gradient with respect to X and one with
+    respect to W, of the same size (Kaplan et al. 2020, section 2.1).
+
+    Args:
+        length: T, as in `forward_flops_per_token`.
+        recomputes_scores: count the scores once more, which fused attention kernels compute again
+            in the backward pass (Dao et al. 2022, section 3.1).
+    """
+    scores = 2 * _checked_length(config, length) * config.hidden_size * config.num_hidden_layers
+    return 3 * forward_flops_per_token(config, length) + (scores if recomputes_scores else 0)
+
+
+def rule_of_thumb_flops_per_token(config: ScratchGPTConfig) -> int:
+    """FLOPs of training for one token as published figures reckon them: 6 N.
+
+    N is all parameters, as in Brown et al. 2020, appendix D; Kaplan et al. 2020, section 2.1, who
+    found the rule, leave the embeddings out. Either way attention's scores do not count.
+    """
+    return 6 * count_parameters(config).total
+
+
+def training_seconds(flops_per_token: float, tokens: float, flops_per_second: float) -> float:
+    """Seconds to train on `tokens` tokens by a device that sustains `flops_per_second`.
+
+    Of the years published for GPT-3 on one device, 355 on a V100 are the 3.14e23 FLOPs of Brown et
+    al. 2020, table D.1, at 28e12 FLOP/s; 665 on an RTX 8000 are 6 * 175e9 FLOPs for each of 300e9
+    tokens, which implies 15e12 FLOP/s. Neither is a measurement.
+
+    Raises:
+        ValueError: `tokens` or `flops_per_second` is not above 0, or not finite.
+    """
+    for name, value in (("tokens", tokens), ("flops_per_second", flops_per_second)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} is no finite number above 0; give one")
+    return flops_per_token * tokens / flops_per_second
+
+
+def humanize_seconds(seconds: float) -> str:
+    """A duration in the largest unit that it fills, "355.4 years"; a year has 365.25 days."""
+    units = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60}
+    for unit, size in units.items():
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} seconds"
+
+
+def training_memory(
+    config: ScratchGPTConfig,
+    batch_size: int = 1,
+    length: int | None = None,
+    attention: str = "sdpa",
+    checkpointing: bool = False,
+) -> TrainingMemory:
+    """Bytes of a step of AdamW in float32, any but the first, which starts without moments.
+
+    The terms are read off this package and torch 2.13 on a CPU, where a dropout's mask takes four
+    bytes a number and torch's attention kernel does no dropout; there is no key-value cache. They
+    are tensors alone: a process takes 5 to 40 % more by glibc's default settings, which hold on to
+    what is freed, and 1 % more with `MALLOC_MMAP_THRESHOLD_=131072` in its environment. In models
+    of a block or two, whose tensors of a moment weigh more, the terms may be off by a seventh.
+
+    Args:
+        batch_size: B, texts in a step.
+        length: T, tokens of a text; the model's positions if not given.
+        attention: transformers' `attn_implementation`, "sdpa" or "eager".
+        checkpointing: keep only each block's input and compute the block again in the backward
+            pass (Chen et al. 2016, section 4).
+
+    Raises:
+        ValueError: a size is out of its range, or the attention is another.
+    """
+    length = _checked_length(config, length)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is below 1; give a positive number")
+    if attention not in ("eager", "sdpa"):
+        raise ValueError(f"attention={attention!r} is not known here; give 'eager' or 'sdpa'")
+    tensors = _tensors_of_a_step(config, batch_size, length, attention)
+    sizes = {module: sum(numbers.values()) for module, numbers in tensors.items()}
+    hidden = batch_size * length * config.hidden_size
+    block = 2 * sizes["norm"] + sizes["attention"] + sizes["feed_forward"]
+    kept = config.num_hidden_layers * (hidden if checkpointing else block)
+    kept += sizes["ends"] + sizes["norm"]
+
+    # Where most may live, the weights and AdamW's moments apart: as the loss is differentiated, the
+    # head, the last block, and the first, when all other gradients are there; or in the update, one
+    # matrix at a time, with a root and a quotient aside, and for the positions the quotient of the
+    # tokens. Inside a block, what came after the scores is gone by the time of their gradients.
+    counts = count_parameters(config)
+    head = config.vocab_size * config.hidden_size
+    largest = max(head, counts.position_embedding, config.hidden_size * _inner(config))
+    first = (counts.attention + counts.feed_forward) // config.num_hidden_layers
+    working = 2 * hidden + max(
+        sizes["gradients of the activation"] - sizes["norm"],
+        sizes["gradients of the scores"] - sizes["feed_forward"] - 2 * sizes["norm"],
+    )
+    fullest = max(
+        kept + sizes["loss"],
+        kept + tensors["loss"]["gradient of logits"] + head + hidden,
+        kept + (block - hidden if checkpointing else 0) + head + working,
+        counts.tied_total - counts.position_embedding - first + block + sizes["ends"] + working,
+        counts.total + max(2 * largest, head + 2 * counts.position_embedding),
+    )
+    return TrainingMemory(
+        weights=4 * counts.total,
+        gradients=4 * counts.total,
+        moments=8 * counts.total,
+        activations=4 * kept,
+        loss=4 * sizes["loss"],
+        peak=4 * (3 * counts.total + fullest),
+    )
+
+
+def _tensors_of_a_step(
+    config: ScratchGPTConfig, batch_size: int, length: int, attention: str
+) -> dict[str, dict[str, int]]:
+    """The one table of the elements that live from forward to backward, or arise in backward."""
+    tokens = batch_size * length
+    hidden, inner = tokens * config.hidden_size, tokens * _inner(config)  # (B, T, C), (B, T, I)
+    heads, logits = tokens * config.num_attention_heads, tokens * config.vocab_size
+    drops, fused = config.attention_dropout > 0, config.fused_kernels
+    kernel = attention == "sdpa" and not drops
+    scores = 0 if kernel else heads * length  # (B, H, T, T)
+    mask = hidden if config.hidden_dropout > 0 else 0
+    factors = {"tanh": 3, "none": 2}.get(GELU_FORMS.get(config.hidden_act, ""), 0)
+    norm = {"input": hidden, "mean, deviation": 2 * tokens, "output": hidden}
+    if not fused:
+        norm = {"centred": 2 * hidden, "deviation": tokens, "scaled, output": 2 * hidden}
+    return {
+        "norm": norm,
+        "attention": {
+            "query, key, value": 3 * hidden,
+            "weights": scores,
+            "dropout of weights: mask, result": 2 * scores if drops else 0,
+            "logarithms of the kernel's sums": heads if kernel else 0,
+            "gathered": hidden,
+            "mask of dropout": mask,
+        },
+        "feed_forward": {
+            "input of the activation": inner,
+            "factors of the activation": 0 if fused else factors * inner,
+            "output of the activation": inner,
+            "mask of dropout": mask,
+        },
+        "ends": {"mask of dropout": hidden if config.embedding_dropout > 0 else 0},
+        # The logits themselves are gone by the backward pass, if nobody holds them.
+        "loss": {
+            "log-probabilities": logits,
+            "their gradient": logits,
+            "gradient of logits": logits,
+        },
+        "gradients of the activation": {"output, factors": inner if fused else 2 * inner},
+        "gradients of the scores": {
+            "weights, scores": scores if drops else 2 * scores,
+            "mask of the future": tokens * length if attention == "eager" else 0,
+        },
+    }
+
+
+def _inner(config: ScratchGPTConfig) -> int:
+    assert config.intermediate_size is not None, "the configuration derives it"
+    return config.intermediate_size
+
+
+def _checked_length(config: ScratchGPTConfig, length: int | None) -> int:
+    limit = config.max_position_embeddings
+    if length is not None and not 1 <= length <= limit:
+        raise ValueError(
+            f"length={length} is not between 1 and the model's {limit} positions; give another"
+        )
+    return limit if length is None else length

@@ -1,40 +1,26 @@
-"""The command line, `hf-scratch-gpt`: `info` says how large models are and what they cost."""
+"""The command line, `hf-scratch-gpt`: size a GPT, write with it, train it, see it all in a demo."""
 
 import json
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from transformers import PretrainedConfig
 
-from . import sizing
-from .configuration_scratch_gpt import ScratchGPTConfig
+from .size_table import find_config, show, summarize
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from .training import TrainingResult
 
-Summary = dict[str, dict[str, float]]
-Row = tuple[str, str, list[str]]
-
-_NAME_WIDTH = 16  # as wide as GPT-3's number of parameters
-
-# The parts of a summary: what the table calls them, and the units of their numbers.
-_BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_FLOPS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
-_PARTS = {
-    "parameters": ("Parameters", {"": 1}),
-    "storage_bytes": ("Storage", _BYTES),
-    "kv_cache_bytes_per_token": ("Key-value cache, a token", _BYTES),
-    "kv_cache_bytes_full_context": ("Key-value cache, in full", _BYTES),
-    "flops_per_token": ("FLOPs of a token", _FLOPS),
-    "training_step": ("Step of training", {"": 1}),
-    "training_memory_bytes": ("Memory: AdamW, float32", _BYTES),
-    "training_seconds": ("Time to train", {"": 1}),
-}
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes would not leave the help of `train` on one screen
+)
 
 
 @app.callback()
@@ -78,166 +64,175 @@ def info(
     if as_json:
         console.out(json.dumps([{"name": name, **parts} for name, parts in summaries.items()]))
         return
-    _show(console, summaries)
+    show(console, summaries)
 
 
-def find_config(name: str) -> ScratchGPTConfig:
-    """The configuration of a preset, of a model's folder, or of a model on the Hub, "owner/name".
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of ours or a GPT-2.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to continue; standard input if not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among so many tokens; 0 for all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Choose among those of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same texts.")] = 0,
+    samples: Annotated[int, typer.Option(help="How many texts to write.")] = 1,
+) -> None:
+    """Write on from a prompt, as the text comes.
 
-    Raises:
-        ValueError: `name` is none of these; the error names the nearest presets. Or the model is
-            neither ours nor a GPT-2, or its configuration is not valid.
-        OSError: the folder's `config.json` cannot be read.
+    A text longer than the model's window goes on: the model reads the last half of the window
+    again, and has forgotten what came before.
     """
-    folder = Path(name).expanduser()
-    try:
-        return ScratchGPTConfig.from_preset(name)
-    except ValueError as error:
-        # A name without an owner is not looked for on the Hub: it is a preset mistyped.
-        if not folder.is_dir() and "/" not in name:
-            raise ValueError(f"{error} Nor is there such a folder") from None
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
-    if not folder.is_dir() and name.startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {name}")
-    source: str | Path = folder if folder.is_dir() else name
-    try:
-        fields, _ = PretrainedConfig.get_config_dict(source)
-    except OSError as error:
-        if isinstance(source, Path):
-            raise
+    import torch
+    from transformers import set_seed
+
+    from .training_setup import load_model, load_tokenizer
+    from .writing import write
+
+    if samples < 1:
+        raise ValueError(f"--samples {samples} is below 1; ask for at least one text")
+    sampling = _sampling(temperature, top_k, top_p)
+    text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
+    network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
+    if torch.accelerator.is_available():
+        network.to(torch.accelerator.current_accelerator())
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for number in range(samples):
+        if samples > 1:
+            console.rule(f"{number + 1} of {samples}")
+        set_seed(seed + number)
+        console.out(text, end="", highlight=False)
+        write(network, tokenizer, text, max_new_tokens, _printer(console), **sampling)
+        console.out("")
+
+
+def _sampling(temperature: float, top_k: int, top_p: float) -> dict[str, object]:
+    """The arguments of `generate` for these, checked."""
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"there is no folder {name}, and no such model to be had from the Hugging Face Hub"
-        ) from error
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind not in (ScratchGPTConfig.model_type, "gpt2"):
-        raise ValueError(
-            f"{name} is a model of type {kind!r}; give one of type 'scratch_gpt' or 'gpt2'"
+            f"--temperature {temperature}, --top-k {top_k} and --top-p {top_p} should be 0 or "
+            "more, 0 or more, and above 0 up to 1"
         )
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+
+def _printer(console: Console) -> Callable[[str], None]:
+    def print_piece(piece: str) -> None:
+        console.out(piece, end="", highlight=False)
+        console.file.flush()
+
+    return print_piece
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Text, .jsonl or .parquet files, folders, or a Hub data set; behind them any flag "
+            "of transformers' TrainingArguments, such as --learning-rate 1e-3.",
+        ),
+    ],
+    output_dir: Annotated[
+        Path,
+        typer.Option(help="Folder of the run; goes on if begun."),
+    ],
+    model: Annotated[
+        str, typer.Option(help="Preset for fresh weights, or folder or Hub id.")
+    ] = "gpt2",
+    tokenizer: Annotated[str | None, typer.Option(help="Its folder or Hub id.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens of an example.")] = None,
+    validation: Annotated[str, typer.Option(help="Part to validate on, or other texts.")] = "0.05",
+    text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
+    sample_prompt: Annotated[
+        str | None, typer.Option(help="Text to write on from now and then.")
+    ] = None,
+    sample_steps: Annotated[float, typer.Option(help="How often; below 1, part of all.")] = 0.1,
+) -> None:
+    """Train a GPT on texts; Ctrl-C stops it with a checkpoint.
+
+    The same command goes on from there. Runs under torchrun too.
+    """
+    import torch.distributed
+
+    from . import training
+    from .progress import TerminalProgress
+
+    place = next((i for i, source in enumerate(sources) if source.startswith("-")), len(sources))
+    console = Console(highlight=False, markup=False)
+    progress = TerminalProgress(console)
     try:
-        return ScratchGPTConfig.from_pretrained(source)
-    except StrictDataclassError as error:
-        raise ValueError(f"the configuration of {name} is not valid: {error}") from error
-
-
-def summarize(
-    config: ScratchGPTConfig,
-    batch_size: int = 1,
-    length: int | None = None,
-    tokens: float | None = None,
-    flops_per_second: float | None = None,
-) -> Summary:
-    """What `sizing` says of a configuration, part by part, in plain numbers.
-
-    Args:
-        batch_size: texts in a step of training.
-        length: tokens of a text in training; the model's positions if not given.
-        tokens, flops_per_second: what to train on and how fast, for the seconds that it takes.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-    counts = sizing.count_parameters(config)
-    positions = config.max_position_embeddings
-    memory = sizing.training_memory(config, batch_size, length)
-    checkpointed = sizing.training_memory(config, batch_size, length, checkpointing=True)
-    flops = {
-        "forward": sizing.forward_flops_per_token(config, length),
-        "training": sizing.training_flops_per_token(config, length),
-        "training_by_6N": sizing.rule_of_thumb_flops_per_token(config),
-    }
-    summary: Summary = {
-        "parameters": {
-            **vars(counts),
-            "total": counts.total,
-            "total_if_tied": counts.tied_total,
-            "total_if_untied": counts.untied_total,
-        },
-        "storage_bytes": {
-            dtype: sizing.storage_bytes(counts.total, dtype)
-            for dtype in ("float32", "bfloat16", "int8")
-        },
-        "kv_cache_bytes_per_token": {
-            dtype: sizing.kv_cache_bytes(config, 1, dtype) for dtype in ("float32", "bfloat16")
-        },
-        "kv_cache_bytes_full_context": {
-            dtype: sizing.kv_cache_bytes(config, positions, dtype)
-            for dtype in ("float32", "bfloat16")
-        },
-        "flops_per_token": dict(flops),
-        "training_step": {"texts": batch_size, "tokens_of_a_text": length or positions},
-        "training_memory_bytes": {
-            **vars(memory),
-            "peak_if_checkpointed": checkpointed.peak,
-        },
-    }
-    if tokens is not None and flops_per_second is not None:
-        summary["training_seconds"] = {
-            "by_training_flops": sizing.training_seconds(
-                flops["training"], tokens, flops_per_second
-            ),
-            "by_6N": sizing.training_seconds(flops["training_by_6N"], tokens, flops_per_second),
-        }
-    return summary
-
-
-def _show(console: Console, summaries: dict[str, Summary]) -> None:
-    """Print summaries side by side, in as many tables as the console's width asks for."""
-    rows = list(_rows(list(summaries.values())))
-    edge = sum(max(len(row[column]) for row in rows) + 2 for column in (0, 1))
-    shown: dict[int, str] = {}
-    room = console.width - edge
-    for i, name in enumerate(summaries):
-        width = max(min(len(name), _NAME_WIDTH), *(len(row[2][i]) for row in rows if row[2])) + 2
-        if shown and width > room:
-            console.print(_table(rows, shown), "")
-            shown, room = {}, console.width - edge
-        shown[i] = name
-        room -= width
-    console.print(_table(rows, shown))
-
-
-def _table(rows: list[Row], shown: dict[int, str]) -> Table:
-    """A table of the summaries of which `shown` gives place and name."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column()
-    table.add_column()
-    for name in shown.values():
-        table.add_column(name, justify="right", overflow="fold", max_width=_NAME_WIDTH)
-    for label, unit, cells in rows:
-        table.add_row(
-            label, unit, *(cells[i] for i in shown if cells), style="" if cells else "bold"
+        result = training.train(
+            sources[:place],
+            output_dir,
+            model=model,
+            tokenizer=tokenizer,
+            block_size=block_size,
+            validation=_number(validation),
+            text_field=text_field,
+            sample_prompt=sample_prompt,
+            sample_steps=sample_steps,
+            on_sample=lambda step, text: progress.say(f"step {step} writes: {text}"),
+            progress=progress,
+            **training.parse_flags(sources[place:]),
         )
-    return table
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if os.environ.get("RANK", "0") == "0":
+        console.print(_end_of(result))
 
 
-def _rows(summaries: list[Summary]) -> Iterator[Row]:
-    """Label, unit and a number for each summary; a heading has no numbers.
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
-    A part's unit is the largest in which none of its numbers is below 1.
+
+def _end_of(result: "TrainingResult") -> str:
+    """What to say when a training has ended."""
+    if result.interrupted:
+        return f"stopped after {result.steps} steps; the same command goes on from there"
+    loss = result.last("eval_loss") or result.last("train_loss")
+    already = ", as it was before" if result.went_on_from == result.steps else ""
+    return (
+        f"{result.steps} steps, loss {loss:.3f} nats per token{already}; the model, loss.png and "
+        f"checkpoints are in {result.folder}"
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all that it makes.")] = Path("out/demo"),
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Convert this GPT-2, and write with it, in place of a training."),
+    ] = None,
+) -> None:
+    """Train a small GPT on Python's own manual in two minutes, and let it write.
+
+    It needs no network. The model is saved, and loaded again to write.
     """
-    for part, (heading, units) in _PARTS.items():
-        if part not in summaries[0]:
-            continue
-        yield heading, "", []
-        smallest = min(number for summary in summaries for number in summary[part].values())
-        fitting = [unit for unit in units if units[unit] <= smallest]
-        unit = fitting[-1] if fitting else next(iter(units))
-        decimals = 0 if units[unit] == 1 else 1
-        for key in summaries[0][part]:
-            numbers = [summary[part][key] for summary in summaries]
-            if part == "training_seconds":
-                cells = [sizing.humanize_seconds(seconds) for seconds in numbers]
-            else:
-                cells = [f"{number / units[unit]:,.{decimals}f}" for number in numbers]
-            yield f"  {key.replace('_', ' ')}", unit, cells
+    from .demo import run_demo, run_weights
+
+    console = Console(highlight=False, markup=False)
+    if weights is None:
+        run_demo(out, console)
+    else:
+        run_weights(weights, out / "model", console)
 
 
 def main() -> None:
     """Run the command line; a user's error is one line and exit code 2."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         line = " ".join(str(error).split())
         Console(stderr=True, markup=False, highlight=False).print(f"error: {line}", soft_wrap=True)
         raise SystemExit(2) from None

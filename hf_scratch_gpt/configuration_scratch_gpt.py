@@ -187,13 +187,11 @@ class ScratchGPTConfig(PretrainedConfig):
             )
         for name in ("model_type", *_IGNORED_GPT2_FIELDS):
             kwargs.pop(name, None)
+        for name in kwargs:
+            if callable(getattr(type(self), name, None)):
+                raise ValueError(f"{name} is a method of the configuration, no field; leave it out")
         head_dim = kwargs.pop("head_dim", None)
         super().__post_init__(**kwargs)
-        if head_dim not in (None, self.head_dim):
-            raise ValueError(
-                f"head_dim={head_dim} is not hidden_size={self.hidden_size} divided by "
-                f"num_attention_heads={self.num_attention_heads}; leave it out"
-            )
 
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -203,6 +201,11 @@ class ScratchGPTConfig(PretrainedConfig):
         # A loaded file may name another repository's code; what is saved travels with its own.
         self.auto_map = dict(_AUTO_MAP)
         self.check()
+        if head_dim not in (None, self.head_dim):
+            raise ValueError(
+                f"head_dim={head_dim} is not hidden_size={self.hidden_size} divided by "
+                f"num_attention_heads={self.num_attention_heads}; leave it out"
+            )
 
     def _take_aliases(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Set the fields that `kwargs` names by an alias; return the rest."""
@@ -244,6 +247,8 @@ class ScratchGPTConfig(PretrainedConfig):
                 f"hidden_size={self.hidden_size} does not divide into num_attention_heads="
                 f"{self.num_attention_heads} heads of equal size; make one a multiple of the other"
             )
+        if self.eos_token_id == []:
+            raise ValueError("eos_token_id=[] names no token; give one, or None")
         if self.hidden_act not in GELU_FORMS and self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"hidden_act={self.hidden_act!r} is no activation of transformers; choose one of "
@@ -309,7 +314,7 @@ class ScratchGPTConfig(PretrainedConfig):
             classifies = "GPT2ForSequenceClassification" in (fields.get("architectures") or [])
             if fields.get("pad_token_id") is None and not classifies:
                 ends = fields.get("eos_token_id", END_OF_TEXT_ID)
-                fields["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+                fields["pad_token_id"] = next(iter(ends), None) if isinstance(ends, list) else ends
         return fields, unused
 
     def to_dict(self) -> dict[str, Any]:

@@ -95,8 +95,12 @@ def load_tokenizer(tokenizer: Tokenizer | None, model: Model) -> PreTrainedToken
         raise _cannot_load("tokenizer", tokenizer, error) from None
 
 
-def load_model(place: str | os.PathLike[str]) -> PreTrainedModel:
-    """Load a saved model in float32; a GPT-2 in transformers' format is converted.
+def load_model(place: str | os.PathLike[str], dtype: Any = torch.float32) -> PreTrainedModel:
+    """Load a saved model; a GPT-2 in transformers' format is converted.
+
+    Args:
+        place: folder or hub id.
+        dtype: data type of the weights; "auto" for that of the saved ones.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -105,7 +109,7 @@ def load_model(place: str | os.PathLike[str]) -> PreTrainedModel:
     try:
         is_gpt2 = AutoConfig.from_pretrained(place).model_type == "gpt2"
         loader = ScratchGPTForCausalLM if is_gpt2 else AutoModelForCausalLM
-        return loader.from_pretrained(place, dtype=torch.float32)
+        return loader.from_pretrained(place, dtype=dtype)
     except (OSError, ValueError) as error:
         raise _cannot_load("model", place, error) from None
 

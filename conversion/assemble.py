@@ -11,6 +11,8 @@ from hf_scratch_gpt.gpt2_checkpoints import TABLE, Rule
 
 from .sources import GPT2Source, StoredTensor
 
+_NAMED = 5  # names in one message
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -70,7 +72,7 @@ def plan(source: GPT2Source) -> list[Piece]:
         wanted = [name.format(layer) for name in theirs]
         absent = [name for name in wanted if name not in left]
         if absent and not (source.biases_optional and rule.gpt2.endswith("bias")):
-            missing += absent
+            missing += map(source.own_name, absent)
             continue
         stored = [] if absent else [left.pop(name) for name in wanted]
         expected = [shapes[name] for name in names]
@@ -83,13 +85,19 @@ def plan(source: GPT2Source) -> list[Piece]:
         else:
             missing.append(theirs_head)
     if missing:
-        raise ValueError(f"{source.path} lacks the tensors {', '.join(missing)}")
+        raise ValueError(f"{source.path} lacks the tensors {_some(missing)}")
     if left:
-        names_left = ", ".join(tensor.name for tensor in left.values())
-        raise ValueError(f"{source.path} has tensors that GPT-2 has not: {names_left}")
+        names_left = [tensor.name for tensor in left.values()]
+        raise ValueError(f"{source.path} has tensors that GPT-2 has not: {_some(names_left)}")
     for piece in pieces:
         _check(piece)
     return pieces
+
+
+def _some(names: list[str]) -> str:
+    """The first few of `names`, and how many there are besides."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _our_shapes(source: GPT2Source) -> dict[str, tuple[int, ...]]:
@@ -103,7 +111,8 @@ def _our_shapes(source: GPT2Source) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             ours = ScratchGPTForCausalLM(source.config).state_dict()
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"{source.path}: no tensor can have the sizes given ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{source.path}: no tensor can have the sizes given ({reason})") from None
     return {name: tuple(tensor.shape) for name, tensor in ours.items()}
 
 

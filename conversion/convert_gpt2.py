@@ -7,9 +7,7 @@ transformers is installed.
 """
 
 import argparse
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +17,14 @@ from transformers.utils import logging
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 
 from .assemble import common_dtype, num_parameters, plan
+from .atomic import destination, new_folder
 from .commands import run_command
 from .digests import sha256
-from .hf_gpt2 import read_hf_gpt2
+from .hf_gpt2 import OFFICIAL, read_hf_gpt2
 from .llmc import is_llmc, read_llmc
 from .nanogpt import read_nanogpt
 from .openai_release import read_openai_release
+from .saved import read_generation_config
 from .sources import GPT2Source, load_pickle
 from .textbook import read_textbook
 from .verify import verify
@@ -70,7 +70,7 @@ def open_source(options: argparse.Namespace) -> GPT2Source:
         }
         opened = readers[kind](options.source)
     if options.tokenizer is not None:
-        opened.tokenizer = ScratchGPTTokenizer.from_pretrained(options.tokenizer)
+        opened.adopt(ScratchGPTTokenizer.from_pretrained(options.tokenizer))
     if opened.tokenizer is not None and len(opened.tokenizer) > opened.config.vocab_size:
         raise ValueError(
             f"the vocabulary has {len(opened.tokenizer)} tokens, and the model of {options.source} "
@@ -106,13 +106,7 @@ def convert(
     """
     pieces = plan(source)
     dtype = dtype or common_dtype(pieces)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in out.parent.glob(f".{out.name}-*.unfinished"):
-        shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(
-        dir=out.parent, prefix=f".{out.name}-", suffix=".unfinished"
-    ) as unfinished:
-        complete = Path(unfinished) / out.name
+    with new_folder(out) as complete:
         save_all_but_weights(source, dtype, complete)
         digests = write_weights(complete, pieces, dtype, max_shard_size)
         report = list(_read_and_dropped(source))
@@ -120,10 +114,7 @@ def convert(
             largest, mean = verify(source, complete)
             report.append(f"checked  logits differ by {largest:.2g} at most, {mean:.2g} on average")
         parameters = num_parameters(pieces)
-        write_model_card(complete, source, parameters, digests)
-        if out.exists():
-            out.rename(Path(unfinished) / "replaced")
-        complete.rename(out)
+        write_model_card(complete, source, dtype, parameters, digests)
     report.append(f"wrote    {parameters:,} parameters in {dtype} to {out}")
     return report
 
@@ -132,6 +123,9 @@ def save_all_but_weights(source: GPT2Source, dtype: torch.dtype, folder: Path) -
     """Write configurations, code and vocabulary to `folder`."""
     with torch.device("meta"):
         model = ScratchGPTForCausalLM(source.config).to(dtype)
+    generation_config = read_generation_config(Path(source.path), source.config)
+    if generation_config is not None:
+        model.generation_config = generation_config
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would count no weights
     try:
@@ -159,7 +153,7 @@ def _read_and_dropped(source: GPT2Source) -> Iterator[str]:
 
 
 def write_model_card(
-    folder: Path, source: GPT2Source, parameters: int, digests: dict[str, str]
+    folder: Path, source: GPT2Source, dtype: torch.dtype, parameters: int, digests: dict[str, str]
 ) -> None:
     """Write README.md: where the model comes from, its sizes, its files' SHA-256.
 
@@ -180,12 +174,12 @@ def write_model_card(
         "",
         f"# GPT-2, {parameters:,} parameters",
         "",
-        f"Converted from `{Path(source.path).name}` ({source.origin}) with hf_scratch_gpt. Load it "
+        f"Converted from `{_name(source.path)}` ({source.origin}) with hf_scratch_gpt. Load it "
         "with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`.",
         "",
         f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, width "
         f"{config.hidden_size}, {config.max_position_embeddings} positions, {config.vocab_size:,} "
-        "tokens.",
+        f"tokens, in {str(dtype).removeprefix('torch.')}.",
         "",
         "| File | Bytes | SHA-256 |",
         "| --- | ---: | --- |",
@@ -193,6 +187,12 @@ def write_model_card(
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _name(source: str) -> str:
+    """The name to give to the file, folder or hub id `source` wherever the result goes."""
+    path = Path(source)
+    return path.resolve().name if path.exists() else OFFICIAL.get(source, source)
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,9 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    out = Path(options.out)
-    if out.exists() and not options.overwrite and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; choose another folder or pass --overwrite")
+    sources = [source for source in (options.source, options.tokenizer) if source]
+    out = destination(options.out, options.overwrite, sources)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     source = open_source(options)
     report = convert(source, out, dtype, options.max_shard_size, not options.no_verify)

@@ -12,7 +12,16 @@ from safetensors import SafetensorError, safe_open
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTTokenizer
 
 from .digests import unchecked_files
-from .sources import GPT2Source, StoredTensor, load_pickle, stored_tensors
+from .sources import (
+    WRAPPERS,
+    GPT2Source,
+    StoredTensor,
+    by_plain_name,
+    load_pickle,
+    stored_tensors,
+    take_tied_head,
+    told_as_error,
+)
 from .weights import DTYPES
 
 # OpenAI's sizes on the hub.
@@ -45,42 +54,56 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(OFFICIAL.get(source, source))
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder / 'config.json'} is missing")
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = fields.get("model_type")
-    except (ValueError, AttributeError):
-        raise ValueError(f"{folder / 'config.json'} is no JSON object in UTF-8") from None
-    if kind != "gpt2":
-        raise ValueError(f"{source} is a model of type {kind!r}; only GPT-2 can be converted")
-    config = ScratchGPTConfig.from_pretrained(folder)
-    files = _weight_files(folder)
-    tensors = {}
-    for file in files:
-        tensors.update(_safetensors(file) if file.suffix == ".safetensors" else _pickle(file))
-    names = {name: name.removeprefix("transformer.") for name in tensors}
-    by_name = {names[name]: tensor for name, tensor in tensors.items()}
+    config = _config(folder)
+    files = weight_files(folder)
+    tensors = by_plain_name(
+        (
+            tensor
+            for file in files
+            for tensor in (safetensors(file) if file.suffix == ".safetensors" else _pickle(file))
+        ),
+        (*WRAPPERS, "transformer."),
+    )
     dropped = {
-        by_name.pop(name).name: "a causal mask, made anew for each text"
-        for name in list(by_name)
+        tensors.pop(name).name: "a causal mask, made anew for each text"
+        for name in list(tensors)
         if name.endswith((".attn.bias", ".attn.masked_bias"))
     }
-    if config.tie_word_embeddings and "lm_head.weight" in by_name:
-        dropped[by_name.pop("lm_head.weight").name] = "tied to the token embedding"
-    vocabulary_files = ScratchGPTTokenizer.vocab_files_names.values()
-    has_vocabulary = any((folder / name).is_file() for name in vocabulary_files)
-    tokenizer = ScratchGPTTokenizer.from_pretrained(folder) if has_vocabulary else None
-    return GPT2Source(
+    opened = GPT2Source(
         "transformers GPT-2",
         source,
         config,
-        by_name,
+        tensors,
         inputs_first=True,
         dropped=dropped,
-        tokenizer=tokenizer,
         unchecked=unchecked_files(files),
     )
+    if config.tie_word_embeddings:
+        take_tied_head(opened)
+    vocabulary_files = ScratchGPTTokenizer.vocab_files_names.values()
+    if any((folder / name).is_file() for name in vocabulary_files):
+        with told_as_error(folder):
+            opened.adopt(ScratchGPTTokenizer.from_pretrained(folder))
+    return opened
+
+
+def _config(folder: Path) -> ScratchGPTConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    with told_as_error(path):
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            kind = fields.get("model_type")
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError(f"{path} is no JSON object in UTF-8") from None
+        if kind != "gpt2":
+            raise ValueError(f"{folder} is a model of type {kind!r}; only GPT-2 can be converted")
+        fields, _ = ScratchGPTConfig.get_config_dict(folder)
+        # How attention is computed is a matter of the machine, not of the checkpoint.
+        for name in ("attn_implementation", "_attn_implementation"):
+            fields.pop(name, None)
+        return ScratchGPTConfig(**fields)
 
 
 def _download(hub_id: str) -> Path:
@@ -91,39 +114,44 @@ def _download(hub_id: str) -> Path:
     return folder
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The folder's weight files, safetensors before pickles."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            try:
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{index} is no index of weight files") from None
-            for shard in shards:
-                if Path(shard).name != shard or not (folder / shard).is_file():
-                    raise ValueError(f"{folder / shard} is missing, and {index} lists it")
-            return [folder / shard for shard in sorted(shards)]
+            return [folder / shard for shard in _shards(index)]
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
-def _safetensors(path: Path) -> dict[str, StoredTensor]:
-    tensors = {}
+def _shards(index: Path) -> list[str]:
+    """The names of the weight files that `index` lists."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        is_missing = [
+            Path(shard).name != shard or not (index.parent / shard).is_file() for shard in shards
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index} is no index of weight files") from None
+    if any(is_missing):
+        shard = shards[is_missing.index(True)]
+        raise ValueError(f"{index.parent / shard} is missing, and {index} lists it")
+    return shards
+
+
+def safetensors(path: Path) -> list[StoredTensor]:
+    """The tensors of the safetensors file `path`."""
+    tensors = []
     with _open(path) as file:
         for name in file.keys():  # noqa: SIM118  # it is no mapping
             stored = file.get_slice(name)
             kind = stored.get_dtype()
             if kind not in _DTYPES:
                 raise ValueError(f"{path}: {name} holds {kind}; weights are {', '.join(DTYPES)}")
-            tensors[name] = StoredTensor(
-                name,
-                str(path),
-                tuple(stored.get_shape()),
-                _DTYPES[kind],
-                partial(_read, path, name),
-            )
+            shape = tuple(stored.get_shape())
+            read = partial(_read, path, name)
+            tensors.append(StoredTensor(name, str(path), shape, _DTYPES[kind], read))
     return tensors
 
 
@@ -140,8 +168,5 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} is no complete safetensors file ({error})") from None
 
 
-def _pickle(path: Path) -> dict[str, StoredTensor]:
-    content = load_pickle(str(path))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no state dict")
-    return stored_tensors(content, str(path))
+def _pickle(path: Path) -> list[StoredTensor]:
+    return stored_tensors(load_pickle(str(path)), str(path))

@@ -14,7 +14,7 @@ from hf_scratch_gpt import ScratchGPTConfig
 
 from .digests import unchecked_files
 from .nanogpt import trim_vocabulary
-from .sources import GPT2Source, StoredTensor, map_tensor
+from .sources import GPT2Source, StoredTensor, map_tensor, told_as_error
 
 MAGIC = 20240326
 _HEADER = 256 * 4
@@ -42,13 +42,16 @@ def read_llmc(source: str) -> GPT2Source:
     version, positions, vocabulary, layers, heads, width, padded = numbers[1:8]
     if version not in _DTYPES:
         raise ValueError(f"{source} has version {version}; versions 3 and 5 can be read")
-    config = ScratchGPTConfig(
-        vocab_size=padded,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=positions,
-    )
+    if not 0 < vocabulary <= padded:
+        raise ValueError(f"{source} says that {vocabulary} of {padded} rows are tokens")
+    with told_as_error(source):
+        config = ScratchGPTConfig(
+            vocab_size=padded,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=positions,
+        )
     dtype = _DTYPES[version]
     size = path.stat().st_size
     # A layer has the matrices c_attn (3C, C), c_proj (C, C), c_fc (4C, C) and c_proj (C, 4C), their

@@ -8,7 +8,16 @@ import torch
 from hf_scratch_gpt import ScratchGPTConfig
 
 from .digests import unchecked_files
-from .sources import GPT2Source, StoredTensor, load_pickle, stored_tensors, take_tied_head
+from .sources import (
+    WRAPPERS,
+    GPT2Source,
+    StoredTensor,
+    by_plain_name,
+    load_pickle,
+    stored_tensors,
+    take_tied_head,
+    told_as_error,
+)
 
 # nanoGPT rounds GPT-2's vocabulary up to a multiple of 64; no text has the ids above.
 _PADDED, _VOCABULARY = 50304, 50257
@@ -24,21 +33,8 @@ def read_nanogpt(source: str) -> GPT2Source:
     content = load_pickle(path)
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise ValueError(f"{path} is no nanoGPT checkpoint: it lacks model or model_args")
-    arguments = content["model_args"]
-    try:
-        sizes = {name: arguments[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        positions, bias = arguments["block_size"], bool(arguments.get("bias", True))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: model_args lack {error}") from None
-    config = ScratchGPTConfig(
-        **sizes,
-        max_position_embeddings=positions,
-        drop_rate=float(arguments.get("dropout") or 0.0),
-        qkv_bias=bias,
-        hidden_act="gelu",  # the exact form, unlike OpenAI's
-    )
-    stored = stored_tensors(content["model"], path)
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    config = _config(content["model_args"], path)
+    tensors = by_plain_name(stored_tensors(content["model"], path), (*WRAPPERS, "transformer."))
     dropped = {
         tensors.pop(name).name: "a causal mask, made anew for each text"
         for name in list(tensors)
@@ -49,7 +45,7 @@ def read_nanogpt(source: str) -> GPT2Source:
         path,
         config,
         tensors,
-        biases_optional=not bias,
+        biases_optional=not config.qkv_bias,
         dropped=dropped,
         unchecked=unchecked_files([Path(path)]),
     )
@@ -57,6 +53,23 @@ def read_nanogpt(source: str) -> GPT2Source:
     if config.vocab_size == _PADDED:
         trim_vocabulary(opened, _VOCABULARY)
     return opened
+
+
+def _config(arguments: object, path: str) -> ScratchGPTConfig:
+    """The configuration that nanoGPT's `model_args` describe."""
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{path}: model_args is a {type(arguments).__name__}, not a dictionary")
+    sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
+    if missing := [name for name in sizes if name not in arguments]:
+        raise ValueError(f"{path}: model_args lack {', '.join(missing)}")
+    with told_as_error(f"{path}: model_args"):
+        return ScratchGPTConfig(
+            **{name: arguments[name] for name in sizes[:-1]},
+            max_position_embeddings=arguments["block_size"],
+            drop_rate=float(arguments.get("dropout") or 0.0),
+            qkv_bias=bool(arguments.get("bias", True)),
+            hidden_act="gelu",  # the exact form, unlike OpenAI's
+        )
 
 
 def _first_rows(stored: StoredTensor, size: int) -> torch.Tensor:

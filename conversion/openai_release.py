@@ -13,7 +13,7 @@ import torch
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTTokenizer
 from hf_scratch_gpt.vocabulary_scratch_gpt import END_OF_TEXT, read_json, read_text
 
-from .sources import GPT2Source, StoredTensor
+from .sources import GPT2Source, StoredTensor, told_as_error
 from .tensor_bundle import TensorBundle
 
 _SIZES = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"}
@@ -30,7 +30,8 @@ def read_openai_release(source: str) -> GPT2Source:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing; an OpenAI release has it")
     hparams_path = folder / "hparams.json"
-    hparams = read_json(read_text(hparams_path), str(hparams_path))
+    with told_as_error(hparams_path):
+        hparams = read_json(read_text(hparams_path), str(hparams_path))
     if hparams.keys() != _SIZES or not all(type(size) is int for size in hparams.values()):
         raise ValueError(
             f"{hparams_path} should give whole numbers for {', '.join(sorted(_SIZES))}"
@@ -43,7 +44,8 @@ def read_openai_release(source: str) -> GPT2Source:
                 f"{bundle.index_path}: {name} has shape {list(shape)}, and {hparams_path} says "
                 f"{size} {hparams[size]} and n_embd {hparams['n_embd']}"
             )
-    tokenizer = ScratchGPTTokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    with told_as_error(folder):
+        tokenizer = ScratchGPTTokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
     if len(tokenizer) != hparams["n_vocab"]:
         raise ValueError(
             f"{folder / 'encoder.json'} has {len(tokenizer)} tokens, and {hparams_path} says "
@@ -51,23 +53,30 @@ def read_openai_release(source: str) -> GPT2Source:
         )
     end_of_text = tokenizer.get_vocab()[END_OF_TEXT]
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
-    config = ScratchGPTConfig(**hparams, **tokens)
-    tokenizer.model_max_length = config.max_position_embeddings
+    with told_as_error(hparams_path):
+        config = ScratchGPTConfig(**hparams, **tokens)
 
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, shape in bundle.shapes.items():
         # Its matrices are convolutions of width 1, (1, inputs, outputs).
         is_matrix = name.endswith("/w") and shape[:1] == (1,)
-        tensors[_hf_name(name, bundle.index_path)] = StoredTensor(
+        hf_name = _hf_name(name, bundle.index_path)
+        if hf_name in tensors:
+            raise ValueError(
+                f"{bundle.index_path}: {tensors[hf_name].name} and {name} are both {hf_name}"
+            )
+        tensors[hf_name] = StoredTensor(
             name,
             str(folder),
             shape[1:] if is_matrix else shape,
             bundle.dtype(name),
             partial(_read, bundle, name, is_matrix),
         )
-    return GPT2Source(
-        "OpenAI release", source, config, tensors, inputs_first=True, tokenizer=tokenizer
+    opened = GPT2Source(
+        "OpenAI release", source, config, tensors, inputs_first=True, own_name=_both_names
     )
+    opened.adopt(tokenizer)
+    return opened
 
 
 def _read(bundle: TensorBundle, name: str, is_matrix: bool) -> torch.Tensor:
@@ -95,3 +104,12 @@ def _hf_name(name: str, index_path: Path) -> str:
     *modules, leaf = match[2].split("/")
     parts = [*modules, leaves[leaf]] if leaf in leaves else [*modules, leaf, "weight"]
     return ".".join(parts if match[1] is None else ["h", match[1], *parts])
+
+
+def _both_names(hf_name: str) -> str:
+    """transformers' name and OpenAI's: h.0.ln_1.weight (model/h0/ln_1/g)."""
+    *modules, leaf = re.sub(r"^h\.", "h", hf_name).split(".")
+    if modules[-1] in ("wte", "wpe"):
+        return f"{hf_name} (model/{modules[-1]})"
+    openai_leaf = "b" if leaf == "bias" else "g" if modules[-1].startswith("ln_") else "w"
+    return f"{hf_name} ({'/'.join(['model', *modules, openai_leaf])})"

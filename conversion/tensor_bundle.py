@@ -18,6 +18,7 @@ import torch
 from .sources import map_bytes
 
 _FOOTER_SIZE = 48
+_LARGEST_INDEX = 1 << 26  # that of GPT-2's largest release takes 16 thousand bytes
 _MAGIC = 0xDB4775248B80FB57
 # By the numbers of tensorflow/core/framework/types.proto.
 _DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}
@@ -55,7 +56,7 @@ class TensorBundle:
                 f"{self.index_path} has no header entry: it is no TensorFlow V2 checkpoint index"
             )
         header = dict(_fields(entries.pop(b""), self.index_path))
-        self.num_shards = int(header.get(1, 1))
+        self.num_shards = _number(header.get(1, 1), "count of shards", self.index_path)
         if header.get(2, 0) != 0:
             raise ValueError(
                 f"{self.index_path} is big-endian; only little-endian checkpoints can be read"
@@ -171,27 +172,44 @@ def _parse_entry(message: bytes, path: Path) -> _Entry:
     names = {1: "dtype", 3: "shard", 4: "offset", 5: "size", 6: "checksum"}
     for number, value in _fields(message, path):
         if number == 2 and isinstance(value, bytes):
-            dimensions = [dict(_fields(bytes(v), path)) for n, v in _fields(value, path) if n == 2]
-            entry.shape = [int(dimension.get(1, 0)) for dimension in dimensions]
+            entry.shape = [_length(v, path) for n, v in _fields(value, path) if n == 2]
         elif number in names:
-            if not isinstance(value, int):
-                raise ValueError(f"{path} is damaged: the {names[number]} of a tensor is no number")
-            setattr(entry, names[number], value)
+            setattr(entry, names[number], _number(value, f"{names[number]} of a tensor", path))
         elif number == 7:
             raise ValueError(f"{path} holds sliced tensors; save the checkpoint unpartitioned")
     return entry
+
+
+def _length(dimension: int | bytes, path: Path) -> int:
+    """The size that a message TensorShapeProto.Dim gives."""
+    if not isinstance(dimension, bytes):
+        raise ValueError(f"{path} is damaged: a dimension of a tensor is no message")
+    return _number(dict(_fields(dimension, path)).get(1, 0), "length of a tensor", path)
+
+
+def _number(value: int | bytes, what: str, path: Path) -> int:
+    if not isinstance(value, int):
+        raise ValueError(f"{path} is damaged: the {what} is no number")
+    return value
 
 
 def _read_table(path: Path) -> Iterator[tuple[bytes, bytes]]:
     """Keys and values of a sorted string table."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    data = path.read_bytes()
-    if len(data) < _FOOTER_SIZE or int.from_bytes(data[-8:], "little") != _MAGIC:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - _FOOTER_SIZE))
+        footer = file.read(_FOOTER_SIZE)
+    if len(footer) < _FOOTER_SIZE or int.from_bytes(footer[-8:], "little") != _MAGIC:
         raise ValueError(
             f"{path} does not end like a TensorFlow V2 checkpoint index; is it the right file?"
         )
-    footer = data[-_FOOTER_SIZE:]
+    if size > _LARGEST_INDEX:
+        raise ValueError(
+            f"{path} has {size} bytes; the index of a GPT-2 is smaller than {_LARGEST_INDEX}"
+        )
+    data = path.read_bytes()
     _, position = _varint(footer, 0, path)
     _, position = _varint(footer, position, path)
     for _, handle in _read_block(data, footer[position:], path):

@@ -12,7 +12,14 @@ from hf_scratch_gpt import ScratchGPTConfig
 from hf_scratch_gpt.configuration_scratch_gpt import PRESETS
 
 from .digests import unchecked_files
-from .sources import GPT2Source, load_pickle, stored_tensors, take_tied_head
+from .sources import (
+    GPT2Source,
+    by_plain_name,
+    load_pickle,
+    stored_tensors,
+    take_tied_head,
+    told_as_error,
+)
 
 
 def read_textbook(
@@ -31,9 +38,7 @@ def read_textbook(
     content = load_pickle(source)
     if isinstance(content, dict) and "model_state_dict" in content:
         content = content["model_state_dict"]
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} holds no state dict")
-    tensors = stored_tensors(content, source)
+    tensors = by_plain_name(stored_tensors(content, source))
     for name in ("tok_emb.weight", "pos_emb.weight"):
         if name not in tensors or len(tensors[name].shape) != 2:
             raise ValueError(f"{source} is no textbook GPT: it lacks a matrix {name}")
@@ -42,22 +47,27 @@ def read_textbook(
         int(match[1]) for name in tensors if (match := re.match(r"trf_blocks\.(\d+)\.", name))
     }
     inner = tensors.get("trf_blocks.0.ff.layers.0.weight")
-    config = ScratchGPTConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=max(layers, default=0) + 1,
-        num_attention_heads=_heads(source, width, num_heads, preset),
-        intermediate_size=inner.shape[0] if inner else None,
-        max_position_embeddings=tensors["pos_emb.weight"].shape[0],
-        qkv_bias="trf_blocks.0.att.W_query.bias" in tensors,
-    )
+    depth = max(layers, default=0) + 1
+    if preset is not None:
+        _check_preset(source, preset, width, depth)
+    heads, assumed = _heads(source, width, num_heads, preset)
+    with told_as_error(source):
+        config = ScratchGPTConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=inner.shape[0] if inner and inner.shape else None,
+            max_position_embeddings=tensors["pos_emb.weight"].shape[0],
+            qkv_bias="trf_blocks.0.att.W_query.bias" in tensors,
+        )
     dropped = {
         tensors.pop(name).name: "a causal mask, made anew for each text"
         for name in list(tensors)
         if name.endswith(".att.mask")
     }
     opened = GPT2Source(
-        "textbook state dict",
+        f"textbook state dict{assumed}",
         source,
         config,
         tensors,
@@ -69,15 +79,27 @@ def read_textbook(
     return opened
 
 
-def _heads(source: str, width: int, num_heads: int | None, preset: str | None) -> int:
+def _check_preset(source: str, preset: str, width: int, depth: int) -> None:
+    """Raise a ValueError if the published size `preset` is not that of the tensors."""
+    published = ScratchGPTConfig.from_preset(preset)
+    if (published.hidden_size, published.num_hidden_layers) != (width, depth):
+        raise ValueError(
+            f"{source} has {depth} layers of width {width}, and {preset} has "
+            f"{published.num_hidden_layers} of width {published.hidden_size}; pass --num-heads "
+            "instead of --preset"
+        )
+
+
+def _heads(source: str, width: int, num_heads: int | None, preset: str | None) -> tuple[int, str]:
+    """How many attention heads there are, and a note if that is an assumption."""
     if num_heads is not None:
-        return num_heads
+        return num_heads, ""
     if preset is not None:
-        return ScratchGPTConfig.from_preset(preset).num_attention_heads
+        return ScratchGPTConfig.from_preset(preset).num_attention_heads, ""
     known = {sizes["hidden_size"]: sizes["num_attention_heads"] for sizes in PRESETS.values()}
     if width not in known:
         raise ValueError(
             f"{source}: the tensors do not tell how many attention heads share the width {width}; "
             "pass --num-heads or --preset"
         )
-    return known[width]
+    return known[width], f", {known[width]} heads assumed from the width {width}"

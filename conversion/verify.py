@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
@@ -18,10 +17,13 @@ from transformers.utils import logging
 
 from hf_scratch_gpt import LayerNorm, ScratchGPTConfig, TransformerBlock
 
+from .assemble import plan
 from .commands import run_command
-from .sources import GPT2Source
+from .saved import read_saved
+from .sources import GPT2Source, StoredTensor
 
 _TOKENS = 16
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
 # float32 sums of a few thousand terms, in another order.
 _TOLERANCE = 1e-4
 
@@ -50,6 +52,7 @@ def run_layers(
     config: ScratchGPTConfig,
     tensor: Callable[[str], torch.Tensor],
     block: Callable[[int], nn.Module],
+    norm: nn.Module,
     names: dict[str, str],
     ids: torch.Tensor,
 ) -> torch.Tensor:
@@ -58,14 +61,17 @@ def run_layers(
     Args:
         tensor: gives a tensor by name.
         block: makes layer i, with its weights.
+        norm: the final norm, to be given its weights.
         names: of the token and position embedding, the final norm's weight and bias, and the head.
+        ids: two texts, (2, T), of which one has the first T positions and one the last.
     """
-    hidden_states = tensor(names["tokens"])[ids] + tensor(names["positions"])[: ids.shape[1]]
+    length, positions = ids.shape[1], tensor(names["positions"])
+    hidden_states = tensor(names["tokens"])[ids]
+    hidden_states += torch.stack([positions[:length], positions[-length:]])
     layers = range(config.num_hidden_layers)
     for layer in logging.tqdm(layers, desc="Comparing", leave=False, delay=1):
         output = block(layer)(hidden_states)
         hidden_states = output[0] if isinstance(output, tuple) else output
-    norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
     norm.load_state_dict({"weight": tensor(names["scale"]), "bias": tensor(names["shift"])})
     return norm(hidden_states) @ tensor(names["head"]).T
 
@@ -105,7 +111,8 @@ def source_logits(source: GPT2Source, dtype: torch.dtype, ids: torch.Tensor) -> 
         names |= {"scale": "ln_f.weight", "shift": "ln_f.bias"}
     heads = {"lm_head.weight", "out_head.weight"} & source.tensors.keys()
     names["head"] = heads.pop() if heads else names["tokens"]
-    return run_layers(source.config, tensor, block, names, ids)
+    norm = nn.LayerNorm(source.config.hidden_size, source.config.layer_norm_eps)
+    return run_layers(source.config, tensor, block, norm, names, ids)
 
 
 def _textbook_names(layer: int, name: str) -> list[str]:
@@ -128,18 +135,14 @@ def _textbook_names(layer: int, name: str) -> list[str]:
 
 
 @torch.no_grad()
-def result_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the model saved in `folder`, computed in float32."""
-    config = ScratchGPTConfig.from_pretrained(folder)
+def result_logits(
+    config: ScratchGPTConfig, stored: dict[str, StoredTensor], ids: torch.Tensor
+) -> torch.Tensor:
+    """Logits of our model with the tensors `stored`, computed in float32."""
     config._attn_implementation = "sdpa"
-    files = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
 
     def tensor(name: str) -> torch.Tensor:
-        with safe_open(files[name], framework="pt") as file:
-            return file.get_tensor(name).float()
+        return stored[name].read().float()
 
     def block(layer: int) -> nn.Module:
         with torch.device("meta"):
@@ -151,22 +154,29 @@ def result_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
     names = {"tokens": "model.embed_tokens.weight", "positions": "model.embed_positions.weight"}
     names |= {"scale": "model.norm.weight", "shift": "model.norm.bias"}
-    names["head"] = "lm_head.weight" if "lm_head.weight" in files else names["tokens"]
-    return run_layers(config, tensor, block, names, ids)
+    names["head"] = "lm_head.weight" if "lm_head.weight" in stored else names["tokens"]
+    norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+    return run_layers(config, tensor, block, norm, names, ids)
 
 
 def verify(source: GPT2Source, folder: Path) -> tuple[float, float]:
     """Largest and mean difference of the logits of `source` and of the model saved in `folder`.
 
     Raises:
-        ValueError: they differ by more than rounding.
+        ValueError: they differ by more than rounding or in a size, or `folder` is damaged.
     """
+    config, stored = read_saved(folder)
+    for name in _SIZES:
+        theirs, ours = getattr(source.config, name), getattr(config, name)
+        if theirs != ours:
+            raise ValueError(
+                f"{folder} has {name}={ours}, and {source.path} {theirs}; convert it anew"
+            )
     generator = torch.Generator().manual_seed(0)
-    length = min(_TOKENS, source.config.max_position_embeddings)
-    ids = torch.randint(0, source.config.vocab_size, (1, length), generator=generator)
-    dtype = ScratchGPTConfig.from_pretrained(folder).dtype or torch.float32
-    expected = source_logits(source, dtype, ids)
-    difference = (result_logits(folder, ids) - expected).abs()
+    length = min(_TOKENS, config.max_position_embeddings)
+    ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
+    expected = source_logits(source, config.dtype or torch.float32, ids)
+    difference = (result_logits(config, stored, ids) - expected).abs()
     largest, mean = difference.max().item(), difference.mean().item()
     limit = _TOLERANCE * max(1.0, expected.abs().max().item())
     if not largest <= limit:
@@ -187,7 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        largest, mean = verify(open_source(options), Path(options.out))
+        source = open_source(options)
+        plan(source)  # tells what is missing or misshapen
+        largest, mean = verify(source, Path(options.out))
         print(f"logits differ by {largest:.3g} at most, by {mean:.3g} on average")
 
     return run_command(work)

@@ -41,16 +41,20 @@ def write_weights(
         The SHA-256 of each weight file by its name.
 
     Raises:
-        ValueError: a tensor holds NaN or infinity, or does not fit `dtype`; names it.
+        ValueError: `max_shard_size` is no size, or a tensor holds NaN or infinity or does not fit
+            `dtype`; names it.
     """
     ours = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for piece in pieces
         for name, shape in zip(piece.names, piece.shapes, strict=True)
     }
-    split = split_torch_state_dict_into_shards(
-        ours, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
+    try:
+        split = split_torch_state_dict_into_shards(
+            ours, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except ValueError:
+        raise ValueError(f"{max_shard_size!r} is no size of a file; give one such as 5GB") from None
     files: dict[str, _ShardFile] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the other cores write and hash
@@ -63,13 +67,13 @@ def write_weights(
                 ):
                     file = split.tensor_to_filename[name]
                     if file not in files:
-                        _close(files)
                         members = {key: ours[key] for key in split.filename_to_tensors[file]}
                         files[file] = _ShardFile(folder / file, members)
                     files[file].append(tensor, dtype, where)
                     progress.update(tensor.numel() * dtype.itemsize)
     finally:
-        _close(files)
+        for shard in files.values():
+            shard.close()
         torch.set_num_threads(threads)
     if split.is_sharded:
         metadata = {"total_parameters": num_parameters(pieces), **split.metadata}
@@ -79,19 +83,18 @@ def write_weights(
     return {file: shard.digest.hexdigest() for file, shard in files.items()}
 
 
-def _close(files: "dict[str, _ShardFile]") -> None:
-    for shard in files.values():
-        shard.close()
-
-
 class _ShardFile:
     """A safetensors file, to which tensors are appended in the order of its header.
+
+    It closes after the last one: a tensor larger than a shard may be has one of its own, and the
+    shard before it goes on after it.
 
     Writing and hashing have a thread each, and run while the next tensor is prepared.
     """
 
     def __init__(self, path: Path, members: dict[str, torch.Tensor]) -> None:
         self.digest = hashlib.sha256()
+        self._awaited = len(members)
         self._file = path.open("wb")
         self._writing, self._hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._pending: deque[list[Future[object]]] = deque()
@@ -113,6 +116,9 @@ class _ShardFile:
                 )
             raise ValueError(f"{where} holds NaN or infinity")
         self._submit(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self._awaited -= 1
+        if not self._awaited:
+            self.close()
 
     def _buffer(self, size: int) -> torch.Tensor:
         """`size` bytes of memory of which nothing pending makes use."""

@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import zipfile
+import zlib
 from hashlib import sha256
 
 import pytest
@@ -17,10 +18,14 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2TokenizerFast
 
 from conversion.convert_gpt2 import main
 from conversion.export_gpt2 import main as export
+from conversion.hf_gpt2 import read_hf_gpt2
+from conversion.tensor_bundle import TensorBundle
+from conversion.textbook import read_textbook
 from conversion.verify import main as verify
-from hf_scratch_gpt import ScratchGPTForCausalLM
+from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 
 from ..models import random_gpt2
+from .releases import write_checkpoint
 
 LAYERS, HEADS, WIDTH, POSITIONS, VOCABULARY = 11, 2, 16, 24, 60
 LINEARS = {"qkv": (48, 16), "proj": (16, 16), "fc": (64, 16), "back": (16, 64)}
@@ -28,7 +33,10 @@ LINEARS = {"qkv": (48, 16), "proj": (16, 16), "fc": (64, 16), "back": (16, 64)}
 
 def random_weights(bias=True, vocabulary=VOCABULARY):
     """Weights of a GPT by short names; matrices are (outputs, inputs)."""
-    weights = {"tok": torch.randn(vocabulary, WIDTH), "pos": torch.randn(POSITIONS, WIDTH)}
+    weights = {
+        "tok": torch.randn(vocabulary, WIDTH) * 0.2,
+        "pos": torch.randn(POSITIONS, WIDTH) * 0.2,
+    }
     for layer in range(LAYERS):
         for name, shape in LINEARS.items():
             weights[f"{layer}.{name}.w"] = torch.randn(shape) * 0.2
@@ -121,12 +129,12 @@ def llmc(path, weights, version=3, padded=64):
 
 
 @torch.no_grad()
-def assert_converts(source, out, expected, *arguments, atol=1e-5):
+def assert_converts(source, out, expected, *arguments):
     """The converted model gives the logits `expected(ids)`."""
     assert main([str(source), str(out), *arguments]) == 0
-    model = ScratchGPTForCausalLM.from_pretrained(out)
+    model = ScratchGPTForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = torch.randint(0, model.config.vocab_size, (2, 20))
-    torch.testing.assert_close(model(ids).logits.float(), expected(ids), atol=atol, rtol=0)
+    torch.testing.assert_close(model(ids).logits, expected(ids), atol=1e-5, rtol=0)
     return model
 
 
@@ -135,9 +143,7 @@ def assert_converts(source, out, expected, *arguments, atol=1e-5):
 def test_nanogpt(bias, prefix, tmp_path):
     weights = random_weights(bias)
     nanogpt(tmp_path / "ckpt.pt", weights, bias, prefix)
-    model = assert_converts(
-        tmp_path, tmp_path / "out", lambda ids: forward(weights, ids, "none"), atol=2e-5
-    )
+    model = assert_converts(tmp_path, tmp_path / "out", lambda ids: forward(weights, ids, "none"))
     assert model.config.qkv_bias is bias
 
 
@@ -148,7 +154,7 @@ def test_nanogpts_padding_is_cut_off(tmp_path, capsys):
     def expected(ids):
         return forward(weights, ids, "none")[..., :50257]
 
-    model = assert_converts(tmp_path / "ckpt.pt", tmp_path / "out", expected, atol=2e-5)
+    model = assert_converts(tmp_path / "ckpt.pt", tmp_path / "out", expected)
     assert (model.config.vocab_size, model.config.eos_token_id) == (50257, 50256)
     assert "last 47 rows: padding of the vocabulary" in capsys.readouterr().out
 
@@ -161,7 +167,7 @@ def test_textbook(tied, qkv_bias, wrapped, tmp_path):
     if not qkv_bias:
         for layer in range(LAYERS):
             weights[f"{layer}.qkv.b"].zero_()
-    head = None if tied else torch.randn(VOCABULARY, WIDTH)
+    head = None if tied else torch.randn(VOCABULARY, WIDTH) * 0.2
     textbook(tmp_path / "model.pth", weights, head, qkv_bias, wrapped)
     model = assert_converts(
         tmp_path / "model.pth",
@@ -169,9 +175,18 @@ def test_textbook(tied, qkv_bias, wrapped, tmp_path):
         lambda ids: forward(weights, ids, "tanh", head),
         "--num-heads",
         str(HEADS),
-        atol=2e-5,
     )
     assert (model.config.tie_word_embeddings, model.config.qkv_bias) == (tied, qkv_bias)
+
+
+def test_textbook_heads_that_are_assumed_or_published(tmp_path, capsys):
+    state = {"tok_emb.weight": torch.zeros(3, 768), "pos_emb.weight": torch.zeros(4, 768)}
+    torch.save(state, tmp_path / "model.pth")
+    opened = read_textbook(str(tmp_path / "model.pth"))
+    assert opened.origin == "textbook state dict, 12 heads assumed from the width 768"
+    arguments = [str(tmp_path / "model.pth"), "--preset", "gpt2-medium"]
+    message = r"\S+model\.pth has 1 layers of width 768, and gpt2-medium has 24 of width 1024"
+    assert_refused(arguments, tmp_path / "out", message, capsys)
 
 
 def test_textbook_needs_the_number_of_heads(tmp_path, capsys):
@@ -180,20 +195,18 @@ def test_textbook_needs_the_number_of_heads(tmp_path, capsys):
     assert "pass --num-heads or --preset" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("version", "atol"), [(3, 2e-5), (5, 0.5)])
-def test_llmc(version, atol, tmp_path):
-    weights = random_weights()
+@pytest.mark.parametrize("version", [3, 5])
+def test_llmc(version, tmp_path):
+    dtype = {3: torch.float32, 5: torch.bfloat16}[version]
+    weights = {name: tensor.to(dtype).float() for name, tensor in random_weights().items()}
     llmc(tmp_path / "model.bin", weights, version)
     model = assert_converts(
-        tmp_path / "model.bin",
-        tmp_path / "out",
-        lambda ids: forward(weights, ids, "tanh"),
-        atol=atol,
+        tmp_path / "model.bin", tmp_path / "out", lambda ids: forward(weights, ids, "tanh")
     )
-    assert model.dtype == (torch.float32 if version == 3 else torch.bfloat16)
     assert model.config.vocab_size == VOCABULARY
-    exact = weights["3.fc.w"].to(model.dtype)
-    assert torch.equal(model.model.layers[3].mlp.up_proj.weight, exact)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert torch.equal(stored["model.layers.3.mlp.up_proj.weight"].float(), weights["3.fc.w"])
 
 
 def test_a_vocabulary_from_elsewhere(openai_tiny, tmp_path, capsys):
@@ -343,7 +356,9 @@ def weight_file(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "flipped bit", "runs code"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "text", "empty", "flipped bit", "runs code", "archive runs code"]
+)
 def test_damaged_files_are_refused(damage, kind, tmp_path, capsys):
     arguments = write_source(kind, tmp_path / "source", nothing)
     path = weight_file(tmp_path / "source")
@@ -359,6 +374,9 @@ def test_damaged_files_are_refused(damage, kind, tmp_path, capsys):
         data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
     elif damage == "runs code":
         data = pickle.dumps({"model": RunsCode(), "tok_emb.weight": RunsCode()})
+    elif damage == "archive runs code":
+        torch.save({"model": RunsCode(), "tok_emb.weight": RunsCode()}, path)
+        data = path.read_bytes()
     else:
         data = {"cut": data[: len(data) // 2], "text": b"Hello, world!\n" * 50, "empty": b""}[
             damage
@@ -379,13 +397,25 @@ def test_damaged_files_are_refused(damage, kind, tmp_path, capsys):
             lambda data: data[:16] + struct.pack("i", 1 << 30) + data[20:],
             r"model\.bin has \d+ bytes",
         ),
+        (
+            lambda data: data[:12] + struct.pack("i", 65) + data[16:],
+            r"model\.bin says that 65 of 64 rows are tokens",
+        ),
+        (
+            lambda data: data[:20] + struct.pack("i", 0) + data[24:],
+            r"model\.bin: num_attention_heads=0 is below 1",
+        ),
+        (lambda data: b"Hello, world!\n" * 90, r"\S+model\.bin is no file of tensors"),
         (lambda data: data[:500], r"does not begin like a checkpoint of llm\.c"),
         (
             lambda data: data[:2000] + struct.pack("f", float("nan")) + data[2004:],
             r"wte\.weight holds NaN or infinity",
         ),
     ],
-    ids=["cut", "longer", "version", "negative size", "a billion layers", "header cut", "NaN"],
+    ids=[
+        *("cut", "longer", "version", "negative size", "a billion layers", "too many tokens"),
+        *("no heads", "text", "header cut", "NaN"),
+    ],
 )
 def test_spoilt_llmc_files_are_refused(change, message, tmp_path, capsys):
     llmc(tmp_path / "model.bin", random_weights())
@@ -542,3 +572,303 @@ def test_mixed_data_types_lose_nothing(tmp_path):
     assert main([*arguments, str(tmp_path / "out")]) == 0
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+# How transformers' GPT-2 occurs.
+
+
+def bare(tensors):
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def with_masks(tensors):
+    masks = {}
+    for layer in range(LAYERS):
+        masks[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril().bool()
+        masks[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    return tensors | masks
+
+
+def hf_source(folder, layout, form=dict):
+    """A random GPT-2 at `folder`, its state dict changed by `form`; the model."""
+    random_gpt2(n_layer=LAYERS).save_pretrained(folder)
+    tensors = form(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    suffix = "bin" if layout.endswith("bin") else "safetensors"
+    stem = "pytorch_model" if suffix == "bin" else "model"
+    if layout.startswith("sharded"):
+        names = list(tensors)
+        shards = {f"{stem}-0000{n + 1}-of-00002.{suffix}": names[n::2] for n in range(2)}
+        index = {name: file for file, members in shards.items() for name in members}
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (folder / f"{stem}.{suffix}.index.json").write_text(text)
+    else:
+        shards = {f"{stem}.{suffix}": list(tensors)}
+    for file, members in shards.items():
+        part = {name: tensors[name] for name in members}
+        if suffix == "bin":
+            torch.save(part, folder / file)
+        else:
+            save_file(part, folder / file, metadata={"format": "pt"})
+    return GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", [dict, bare, with_masks])
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "sharded safetensors", "sharded bin"])
+def test_forms_of_transformers_gpt2(layout, form, tmp_path, logged_warnings):
+    theirs = hf_source(tmp_path / "source", layout, form)
+    assert_converts(tmp_path / "source", tmp_path / "out", lambda ids: theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_a_head_that_differs_is_kept_though_the_config_ties_it(tmp_path, logged_warnings):
+    def untie(tensors):
+        return tensors | {"lm_head.weight": torch.randn(97, 32) * 0.2}
+
+    theirs = hf_source(tmp_path / "source", "safetensors", untie)
+    assert theirs.config.tie_word_embeddings
+    model = assert_converts(tmp_path / "source", tmp_path / "out", lambda ids: theirs(ids).logits)
+    assert not model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_two_tensors_of_one_name_are_refused(layout, tmp_path, capsys, logged_warnings):
+    def double(tensors):
+        return tensors | {"h.3.ln_1.bias": torch.zeros(32)}
+
+    hf_source(tmp_path / "source", layout, double)
+    message = r"\S+: (transformer\.)?h\.3\.ln_1\.bias and \S+: \S+ are both h\.3\.ln_1\.bias"
+    assert_refused([str(tmp_path / "source")], tmp_path / "out", message, capsys)
+
+
+def test_one_name_in_two_shards_is_refused(tmp_path, capsys):
+    hf_source(tmp_path / "source", "sharded bin")
+    first, second = sorted((tmp_path / "source").glob("*.bin"))
+    torch.save(torch.load(second) | {"transformer.wte.weight": torch.zeros(97, 32)}, second)
+    torch.save(torch.load(first) | {"transformer.wte.weight": torch.zeros(97, 32)}, first)
+    message = r"\S+00001-of-00002\.bin: \S+ and \S+00002-of-00002\.bin: \S+ are both wte\.weight"
+    assert_refused([str(tmp_path / "source")], tmp_path / "out", message, capsys)
+
+
+def test_a_name_with_and_without_the_prefix_of_the_compiler(tmp_path, capsys):
+    nanogpt(tmp_path / "ckpt.pt", random_weights(), prefix="_orig_mod.")
+    content = torch.load(tmp_path / "ckpt.pt")
+    content["model"]["transformer.ln_f.bias"] = torch.zeros(WIDTH)
+    torch.save(content, tmp_path / "ckpt.pt")
+    message = r"\S+: _orig_mod\.transformer\.ln_f\.bias and \S+: \S+ are both ln_f\.bias"
+    assert_refused([str(tmp_path)], tmp_path / "out", message, capsys)
+
+
+def test_special_tokens_come_from_the_vocabulary(openai_tiny, tmp_path):
+    random_gpt2(
+        vocab_size=400, bos_token_id=5, eos_token_id=None, pad_token_id=None
+    ).save_pretrained(tmp_path)
+    for theirs, ours in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copy(openai_tiny / theirs, tmp_path / ours)
+    opened = read_hf_gpt2(str(tmp_path))
+    config = opened.config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (5, 399, 399)
+    assert opened.tokenizer.model_max_length == config.max_position_embeddings
+    tokenizer = ScratchGPTTokenizer.from_pretrained(openai_tiny, model_max_length=7)
+    opened.adopt(tokenizer)
+    assert (opened.tokenizer, tokenizer.model_max_length) == (tokenizer, 7)
+
+
+# Configurations and indexes.
+
+ODD_FIELDS = {
+    "n_embd": ["x", None, [1]],
+    "n_head": [0, 3.0],
+    "eos_token_id": [[], "x"],
+    "architectures": [5],
+    "id2label": [5],
+    "dtype": ["flaot32"],
+    "check": [5],
+    "n_positions": [-1],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in ODD_FIELDS.items() for value in values]
+)
+def test_odd_fields_of_a_config_are_refused(name, value, gpt2_folder, tmp_path, capsys):
+    shutil.copytree(gpt2_folder, tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    message = rf"{re.escape(str(path))}: \S+"
+    assert_refused([str(tmp_path / "source")], tmp_path / "out", message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "[" * 100_000),
+        ("config.json", "[]"),
+        ("model.safetensors.index.json", "[" * 100_000),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+        ("model.safetensors.index.json", '{"weight_map": null}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../model.safetensors"}}'),
+    ],
+)
+def test_files_of_json_that_are_none(name, text, gpt2_folder, tmp_path, capsys):
+    shutil.copytree(gpt2_folder, tmp_path / "source")
+    if name != "config.json":
+        (tmp_path / "source" / "model.safetensors").unlink()
+    (tmp_path / "source" / name).write_text(text)
+    message = rf".*{re.escape(str(tmp_path / 'source' / name))}"
+    assert_refused([str(tmp_path / "source")], tmp_path / "out", message, capsys)
+
+
+@torch.no_grad()
+def test_a_kernel_that_is_not_here_stops_no_conversion(gpt2_folder, tmp_path):
+    theirs = GPT2LMHeadModel.from_pretrained(gpt2_folder)
+    shutil.copytree(gpt2_folder, tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    fields = json.loads(path.read_text()) | {"attn_implementation": "flash_attention_2"}
+    path.write_text(json.dumps(fields))
+    assert_converts(tmp_path / "source", tmp_path / "out", lambda ids: theirs(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("n_head", "2"),
+        ("n_head", 0),
+        ("block_size", None),
+        ("dropout", "much"),
+        ("n_embd", -16),
+        ("vocab_size", 10**30),
+    ],
+)
+def test_odd_arguments_of_nanogpt_are_refused(argument, value, tmp_path, capsys):
+    nanogpt(tmp_path / "ckpt.pt", random_weights())
+    content = torch.load(tmp_path / "ckpt.pt")
+    content["model_args"][argument] = value
+    torch.save(content, tmp_path / "ckpt.pt")
+    assert_refused([str(tmp_path)], tmp_path / "out", r"\S+ckpt\.pt: \S+", capsys)
+
+
+@pytest.mark.parametrize("key", ["model", "model_args"])
+def test_parts_of_nanogpt_that_are_no_dictionaries(key, tmp_path, capsys):
+    nanogpt(tmp_path / "ckpt.pt", random_weights())
+    torch.save(torch.load(tmp_path / "ckpt.pt") | {key: 5}, tmp_path / "ckpt.pt")
+    assert_refused([str(tmp_path)], tmp_path / "out", r"\S+ckpt\.pt\b", capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (0, torch.ones(2), "0 is a Tensor; a state dict has tensors by name"),
+        ("final_norm.scale", 5, r"final_norm\.scale is a int"),
+        ("trf_blocks.0.ff.layers.0.weight", torch.tensor(1.0), r"\S+ has shape \[\], and the conf"),
+        ("final_norm.scale", torch.ones(16).to_sparse(), r"\S+scale holds \S+ torch\.sparse_coo"),
+        ("final_norm.scale", torch.ones(16, device="meta"), "final_norm.scale was saved from"),
+        ("final_norm.scale", torch.ones(16).to(torch.float8_e4m3fn), r"\S+scale holds \S+float8"),
+        ("final_norm.scale", torch.ones(16, dtype=torch.complex64), r"\S+scale holds \S+complex"),
+        ("\x1b[2Jevil\nname", torch.ones(1), r"has tensors that GPT-2 has not: \\x1b\[2Jevil name"),
+    ],
+    ids=["number", "no tensor", "scalar", "sparse", "meta", "float8", "complex", "escape"],
+)
+def test_odd_entries_of_a_state_dict_are_refused(name, value, message, tmp_path, capsys):
+    textbook(tmp_path / "model.pth", random_weights())
+    torch.save(torch.load(tmp_path / "model.pth") | {name: value}, tmp_path / "model.pth")
+    arguments = [str(tmp_path / "model.pth"), "--num-heads", "2"]
+    assert_refused(arguments, tmp_path / "out", rf"\S+model\.pth:? {message}", capsys)
+
+
+def repack(source, target, order=list):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in order(old.namelist()):
+            new.writestr(name, old.read(name))
+
+
+@pytest.mark.parametrize("order", [list, sorted])
+def test_an_archive_that_was_packed_anew_is_refused(order, tmp_path, capsys):
+    textbook(tmp_path / "model.pth", random_weights())
+    repack(tmp_path / "model.pth", tmp_path / "again.pth", order)
+    arguments = [str(tmp_path / "again.pth"), "--num-heads", "2"]
+    message = r"\S+again\.pth.* packed anew.*; torch\.load and save it again"
+    assert_refused(arguments, tmp_path / "out", message, capsys)
+
+
+def test_a_tensor_that_claims_more_than_the_file_has_for_it_is_refused(tmp_path, capsys):
+    textbook(tmp_path / "model.pth", random_weights())
+    path = tmp_path / "model.pth"
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("model/data.pkl")
+        old = archive.read(member)
+    shape = bytes([ord("K"), POSITIONS, ord("K"), WIDTH, 0x86])
+    assert old.count(shape) == 1
+    new = old.replace(shape, bytes([ord("K"), POSITIONS + 9, *shape[2:]]))
+    sums = [struct.pack("<I", number) for number in (member.CRC, zlib.crc32(new))]
+    path.write_bytes(data.replace(old, new).replace(*sums))
+    message = r"\S+model\.pth: pos_emb\.weight takes 2112 bytes, and the file has 1536 for it"
+    assert_refused([str(path), "--num-heads", "2"], tmp_path / "out", message, capsys)
+
+
+# OpenAI's release.
+
+
+def change_release(release, folder, change):
+    shutil.copytree(release, folder)
+    bundle = TensorBundle(release / "model.ckpt")
+    tensors = {name: bundle.tensor(name).clone() for name in bundle.shapes}
+    change(tensors)
+    write_checkpoint(
+        folder / "model.ckpt",
+        [(name, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()],
+    )
+
+
+def remove_many(tensors):
+    for name in [name for name in tensors if "/ln_2/" in name]:
+        del tensors[name]
+
+
+def add_many(tensors):
+    tensors |= {f"model/h2/mlp/c_fc/extra{n}": torch.ones(2) for n in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors["model/h2/mlp/c_fc/w"].view(-1)[7:8].fill_(float("nan")),
+            r"model/h2/mlp/c_fc/w holds NaN or infinity",
+        ),
+        (
+            lambda tensors: tensors.pop("model/h2/mlp/c_fc/w"),
+            r"lacks the tensors h\.2\.mlp\.c_fc\.weight \(model/h2/mlp/c_fc/w\)$",
+        ),
+        (
+            remove_many,
+            r"lacks the tensors h\.0\.ln_2\.weight \(model/h0/ln_2/g\), .* and 1 more$",
+        ),
+        (
+            add_many,
+            r"has tensors that GPT-2 has not: model/h2/mlp/c_fc/extra0, .*extra4 and 3 more$",
+        ),
+        (
+            lambda tensors: tensors.update({"model/h2/mlp/c_fc/w": torch.ones(1, 3, 3)}),
+            r"model/h2/mlp/c_fc/w has shape \[3, 3\], and the configuration asks for \[48, 192\]",
+        ),
+        (
+            lambda tensors: tensors.update({"model/h2/ln_1/w": torch.ones(48)}),
+            r"model/h2/ln_1/g and model/h2/ln_1/w are both h\.2\.ln_1\.weight",
+        ),
+    ],
+    ids=["NaN", "missing", "several missing", "extra", "shape", "two of one name"],
+)
+def test_spoilt_openai_releases_are_refused(change, message, openai_tiny, tmp_path, capsys):
+    change_release(openai_tiny, tmp_path / "source", change)
+    assert_refused([str(tmp_path / "source")], tmp_path / "out", rf"\S+source.*{message}", capsys)
+
+
+def test_text_in_place_of_openais_shard_is_refused(openai_tiny, tmp_path, capsys):
+    shutil.copytree(openai_tiny, tmp_path / "source")
+    shard = tmp_path / "source" / "model.ckpt.data-00000-of-00001"
+    shard.write_bytes((b"Hello, world!\n" * shard.stat().st_size)[: shard.stat().st_size])
+    message = rf"\S+{shard.name}: model/\S+ does not match its checksum"
+    assert_refused([str(tmp_path / "source")], tmp_path / "out", message, capsys)

@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 
 from conversion.assemble import plan
 from conversion.openai_release import read_openai_release
+from conversion.tensor_bundle import _read_table
 from hf_scratch_gpt import ScratchGPTForCausalLM
+
+from .releases import table
 
 NAMES = ["checkpoint", "hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
 SHARD = "model.ckpt.data-00000-of-00001"
@@ -73,7 +76,12 @@ def workplace(openai_tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's /proc")
+measures_memory = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's /proc"
+)
+
+
+@measures_memory
 @settings(
     max_examples=2000,
     deadline=5000,
@@ -93,6 +101,34 @@ def test_mutated_releases_convert_or_are_refused_cleanly(mutation, workplace, op
         pass
     finally:
         (workplace / name).write_bytes(original)
+    assert memory("VmHWM") - before < 200_000  # kilobytes
+
+
+@measures_memory
+def test_mutated_indexes_with_right_checksums_are_refused_cleanly(workplace, openai_tiny):
+    path, chance = workplace / "model.ckpt.index", random.Random(0)
+    pairs = list(_read_table(openai_tiny / "model.ckpt.index"))
+    kinds = ["flip", "cut", "insert", "delete", "repeat", "replace"]
+    contents = [b"\xff" * 8 + b"\x7f", chance.randbytes(3), b"\0"]
+    before, refused, right = start_of_peak(), 0, 0
+    try:
+        for _ in range(500):
+            spoilt = list(pairs)
+            place = chance.randrange(len(pairs))
+            key, value = pairs[place]
+            change = (chance.choice(kinds), chance.random(), chance.choice(contents))
+            value = mutate(value, *change)
+            spoilt[place] = (key, value)
+            path.write_bytes(table(spoilt))
+            try:
+                read_all(str(workplace))
+                right += 1
+            except ValueError as error:
+                refused += str(workplace) in str(error)
+    finally:
+        path.write_bytes((openai_tiny / path.name).read_bytes())
+    assert refused > 400
+    assert refused + right == 500  # every error names the file
     assert memory("VmHWM") - before < 200_000  # kilobytes
 
 

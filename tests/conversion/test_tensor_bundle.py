@@ -8,7 +8,7 @@ import pytest
 from conversion.convert_gpt2 import main
 from conversion.tensor_bundle import TensorBundle
 
-from .releases import write_release
+from .releases import field, table, write_release
 
 
 @pytest.fixture
@@ -51,6 +51,23 @@ def test_tensors_of_the_tiny_release(openai_tiny):
 def test_a_file_that_is_no_index(content, tmp_path):
     (tmp_path / "model.ckpt.index").write_bytes(content)
     with pytest.raises(ValueError, match=r"model.ckpt.index does not end like"):
+        TensorBundle(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("number", [700_000_000, 2**62])
+def test_a_number_in_place_of_a_dimension(number, tmp_path):
+    entry = field(1, 1) + field(2, field(2, number))
+    (tmp_path / "model.ckpt.index").write_bytes(table([(b"", field(1, 1)), (b"a", entry)]))
+    with pytest.raises(ValueError, match=r"model.ckpt.index is damaged: a dimension of a tensor"):
+        TensorBundle(tmp_path / "model.ckpt")
+
+
+def test_an_index_far_too_large_is_not_read(openai_tiny, tmp_path):
+    data = (openai_tiny / "model.ckpt.index").read_bytes()
+    with (tmp_path / "model.ckpt.index").open("wb") as file:
+        file.seek(1 << 40)  # a file with a hole
+        file.write(data)
+    with pytest.raises(ValueError, match=r"model.ckpt.index has \d+ bytes; the index of a GPT-2"):
         TensorBundle(tmp_path / "model.ckpt")
 
 

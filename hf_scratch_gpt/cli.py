@@ -225,7 +225,7 @@ def demo(
     if weights is None:
         run_demo(out, console)
     else:
-        run_weights(weights, out / "model", console)
+        run_weights(weights, out / "converted", console)
 
 
 def main() -> None:

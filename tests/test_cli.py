@@ -177,8 +177,12 @@ def test_demo_makes_a_model_that_loads_without_the_package(tmp_path, capsys, mon
 
 
 def test_demo_with_weights(openai_tiny, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious.txt").write_text("a model trained before")
     code, out, error = run(capsys, "demo", "--out", tmp_path, "--weights", openai_tiny)
     assert code == 0, error
+    assert (tmp_path / "model" / "precious.txt").exists()
+    assert (tmp_path / "converted" / "model.safetensors").exists()
     assert "Hello, my name is" in out
     (tmp_path / "nothing").mkdir()
     assert_refused(capsys, "was not converted: ", "demo", "--out", tmp_path / "other", "--weights",

@@ -1,6 +1,7 @@
 """Read a GPT-2 in transformers' format, from a folder or the hub."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .sources import (
     StoredTensor,
     by_plain_name,
     load_pickle,
+    map_tensor,
     stored_tensors,
     take_tied_head,
     told_as_error,
@@ -31,6 +33,8 @@ OFFICIAL = {
     "774M": "openai-community/gpt2-large",
     "1558M": "openai-community/gpt2-xl",
 }
+# Gets file, byte, shape and data type.
+Reader = Callable[[Path, int, tuple[int, ...], torch.dtype], torch.Tensor]
 _FILES = ["*.json", "*.txt", "*.tiktoken"]
 # By the names of safetensors; the whole numbers occur in buffers, which are left out.
 _DTYPES = {
@@ -140,25 +144,29 @@ def _shards(index: Path) -> list[str]:
     return shards
 
 
-def safetensors(path: Path) -> list[StoredTensor]:
-    """The tensors of the safetensors file `path`."""
+def safetensors(path: Path, read: Reader = map_tensor) -> list[StoredTensor]:
+    """The tensors of the safetensors file `path`, which `read` will fetch."""
     tensors = []
     with _open(path) as file:
+        places = _places(path)
         for name in file.keys():  # noqa: SIM118  # it is no mapping
             stored = file.get_slice(name)
             kind = stored.get_dtype()
             if kind not in _DTYPES:
                 raise ValueError(f"{path}: {name} holds {kind}; weights are {', '.join(DTYPES)}")
-            shape = tuple(stored.get_shape())
-            read = partial(_read, path, name)
-            tensors.append(StoredTensor(name, str(path), shape, _DTYPES[kind], read))
+            shape, dtype = tuple(stored.get_shape()), _DTYPES[kind]
+            fetch = partial(read, path, places[name], shape, dtype)
+            tensors.append(StoredTensor(name, str(path), shape, dtype, fetch))
     return tensors
 
 
-def _read(path: Path, name: str) -> torch.Tensor:
-    # The file is opened for each tensor: its mapped pages count as memory until the last one goes.
-    with _open(path) as file:
-        return file.get_tensor(name)
+def _places(path: Path) -> dict[str, int]:
+    """Where in the safetensors file `path`, which the library has checked, each tensor begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + fields["data_offsets"][0] for name, fields in header.items()}
 
 
 def _open(path: Path) -> Any:

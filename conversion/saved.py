@@ -8,12 +8,17 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
-from .hf_gpt2 import safetensors, weight_files
-from .sources import StoredTensor, told_as_error
+from .hf_gpt2 import Reader, safetensors, weight_files
+from .sources import StoredTensor, map_tensor, told_as_error
 
 
-def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]:
+def read_saved(
+    folder: Path, read: Reader = map_tensor
+) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]:
     """The configuration and the tensors, by our names, of the language model saved in `folder`.
+
+    Args:
+        read: fetches a tensor from its file.
 
     Raises:
         ValueError: it is no model of ours, a file is damaged, or the tensors are not those that
@@ -38,7 +43,7 @@ def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]
     for file in weight_files(folder):
         if file.suffix != ".safetensors":
             raise ValueError(f"{file} is no safetensors file; save the model with save_pretrained")
-        stored |= {_in_language_model(tensor.name): tensor for tensor in safetensors(file)}
+        stored |= {_in_language_model(tensor.name): tensor for tensor in safetensors(file, read)}
     _check(folder, asked, stored)
     return config, stored
 

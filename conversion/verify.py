@@ -20,6 +20,7 @@ from hf_scratch_gpt import LayerNorm, ScratchGPTConfig, TransformerBlock
 
 from .assemble import plan
 from .commands import run_command
+from .direct_io import read_tensor
 from .saved import read_saved
 from .sources import GPT2Source, StoredTensor
 
@@ -56,8 +57,9 @@ def run_layers(
     norm: nn.Module,
     names: dict[str, str],
     ids: torch.Tensor,
+    shows_progress: bool = False,
 ) -> torch.Tensor:
-    """Logits of `ids`, with one layer's weights in memory at a time.
+    """Logits of `ids`, with two layers' weights in memory at a time.
 
     Args:
         tensor: gives a tensor by name.
@@ -65,14 +67,21 @@ def run_layers(
         norm: the final norm, to be given its weights.
         names: of the token and position embedding, the final norm's weight and bias, and the head.
         ids: two texts, (2, T), of which one has the first T positions and one the last.
+        shows_progress: draw a bar if it takes more than a second.
     """
     length, positions = ids.shape[1], tensor(names["positions"])
     hidden_states = tensor(names["tokens"])[ids]
     hidden_states += torch.stack([positions[:length], positions[-length:]])
     layers = range(config.num_hidden_layers)
-    for layer in logging.tqdm(layers, desc="Comparing", leave=False, delay=1):
-        output = block(layer)(hidden_states)
-        hidden_states = output[0] if isinstance(output, tuple) else output
+    with ThreadPoolExecutor(1) as pool:  # fetches a layer while the one before is computed
+        following = pool.submit(block, 0)
+        bar = {"desc": "Comparing", "leave": False, "delay": 1, "disable": not shows_progress}
+        for layer in logging.tqdm(layers, **bar):
+            fetched = following.result()
+            if layer + 1 < len(layers):
+                following = pool.submit(block, layer + 1)
+            output = fetched(hidden_states)
+            hidden_states = output[0] if isinstance(output, tuple) else output
     norm.load_state_dict({"weight": tensor(names["scale"]), "bias": tensor(names["shift"])})
     return norm(hidden_states) @ tensor(names["head"]).T
 
@@ -157,7 +166,7 @@ def result_logits(
     names |= {"scale": "model.norm.weight", "shift": "model.norm.bias"}
     names["head"] = "lm_head.weight" if "lm_head.weight" in stored else names["tokens"]
     norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-    return run_layers(config, tensor, block, norm, names, ids)
+    return run_layers(config, tensor, block, norm, names, ids, shows_progress=True)
 
 
 def verify(source: GPT2Source, folder: Path) -> tuple[float, float]:
@@ -166,7 +175,7 @@ def verify(source: GPT2Source, folder: Path) -> tuple[float, float]:
     Raises:
         ValueError: they differ by more than rounding or in a size, or `folder` is damaged.
     """
-    config, stored = read_saved(folder)
+    config, stored = read_saved(folder, read_tensor)
     for name in _SIZES:
         theirs, ours = getattr(source.config, name), getattr(config, name)
         if theirs != ours:

@@ -17,6 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.utils import logging
 
 from .assemble import Piece, num_parameters
+from .direct_io import DirectFile
 
 DTYPES = {
     "F64": torch.float64,
@@ -95,7 +96,7 @@ class _ShardFile:
     def __init__(self, path: Path, members: dict[str, torch.Tensor]) -> None:
         self.digest = hashlib.sha256()
         self._awaited = len(members)
-        self._file = path.open("wb")
+        self._file = DirectFile(path)
         self._writing, self._hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._pending: deque[list[Future[object]]] = deque()
         self._buffers = deque(torch.empty(0, dtype=torch.uint8) for _ in range(_BUFFERS))
@@ -115,7 +116,7 @@ class _ShardFile:
                     "convert to bfloat16 or float32"
                 )
             raise ValueError(f"{where} holds NaN or infinity")
-        self._submit(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self._submit(tensor.reshape(-1).view(torch.uint8))
         self._awaited -= 1
         if not self._awaited:
             self.close()
@@ -128,11 +129,11 @@ class _ShardFile:
         self._buffers.append(buffer)
         return buffer[:size]
 
-    def _submit(self, data: memoryview | bytes) -> None:
+    def _submit(self, data: torch.Tensor) -> None:
         self._pending.append(
             [
                 self._writing.submit(self._file.write, data),
-                self._hashing.submit(self.digest.update, data),
+                self._hashing.submit(self.digest.update, data.numpy().data),
             ]
         )
         if len(self._pending) == _BUFFERS:
@@ -154,8 +155,8 @@ class _ShardFile:
             self._file.close()
 
 
-def _header(members: dict[str, torch.Tensor]) -> bytes:
-    """What stands before the tensors `members` (on the meta device) in their file."""
+def _header(members: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The bytes before the tensors `members` (on the meta device) in their file."""
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in members.items():
@@ -167,4 +168,4 @@ def _header(members: dict[str, torch.Tensor]) -> bytes:
         }
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)

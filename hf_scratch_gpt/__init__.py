@@ -16,6 +16,7 @@ from transformers import (
 
 from .blocks_scratch_gpt import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
+from .fast_generation import optimize_for_generation
 from .gpt2_checkpoints import register_gpt2_rules
 from .modeling_scratch_gpt import (
     ScratchGPTForCausalLM,
@@ -43,6 +44,7 @@ __all__ = [
     "ScratchGPTPreTrainedModel",
     "ScratchGPTTokenizer",
     "TransformerBlock",
+    "optimize_for_generation",
 ]
 
 AutoConfig.register("scratch_gpt", ScratchGPTConfig, exist_ok=True)

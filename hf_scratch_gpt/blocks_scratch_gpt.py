@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
+from .linear_scratch_gpt import Linear
 
 
 class LayerNorm(nn.Module):
@@ -89,12 +90,12 @@ class FeedForward(nn.Module):
     def __init__(self, config: ScratchGPTConfig) -> None:
         super().__init__()
         assert config.intermediate_size is not None, "the configuration derives it"
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         form = GELU_FORMS.get(config.hidden_act)
         self.activation = (
             ACT2FN[config.hidden_act] if form is None else GELU(form, config.fused_kernels)
         )
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
         self.down_proj.is_residual_projection = True  # type: ignore[assignment]  # a plain flag
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -170,10 +171,10 @@ class MultiHeadAttention(nn.Module):
             self.scaling /= layer_idx + 1
         self.attention_dropout = config.attention_dropout
 
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
         self.o_proj.is_residual_projection = True  # type: ignore[assignment]  # a plain flag
         self.dropout = nn.Dropout(config.hidden_dropout)
 

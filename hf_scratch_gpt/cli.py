@@ -79,6 +79,10 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Choose among those of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed writes the same texts.")] = 0,
     samples: Annotated[int, typer.Option(help="How many texts to write.")] = 1,
+    fast: Annotated[bool, typer.Option("--fast", help="Compile first, for long texts.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="With --fast: keep weights as int8, int4 or fp8.")
+    ] = None,
 ) -> None:
     """Write on from a prompt, as the text comes.
 
@@ -88,16 +92,21 @@ def generate(
     import torch
     from transformers import set_seed
 
+    from .fast_generation import optimize_for_generation
     from .training_setup import load_model, load_tokenizer
     from .writing import write
 
     if samples < 1:
         raise ValueError(f"--samples {samples} is below 1; ask for at least one text")
+    if weights is not None and not fast:
+        raise ValueError(f"--weights {weights} goes with --fast; add it")
     sampling = _sampling(temperature, top_k, top_p)
     text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
     network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
     if torch.accelerator.is_available():
         network.to(torch.accelerator.current_accelerator())
+    if fast:
+        optimize_for_generation(network, weights)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for number in range(samples):
         if samples > 1:

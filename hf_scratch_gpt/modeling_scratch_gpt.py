@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
+from .linear_scratch_gpt import Linear
 from .positions_scratch_gpt import check_length, positions_at, raise_past_limit
 
 _WHERE_ON_THE_HUB = (
@@ -238,7 +239,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
     def __init__(self, config: ScratchGPTConfig) -> None:
         super().__init__(config)
         self.model = ScratchGPTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -60,6 +60,12 @@ def test_generate_writes_the_same_text_from_the_same_seed(model_folder, capsys):
     assert texts[0][1].startswith("Hello")  # 40 tokens, past the window of 16
 
 
+def test_generate_fast_writes_the_same_text(model_folder, capsys):
+    arguments = ("generate", model_folder, "Hello", "--max-new-tokens", 40)
+    plain, fast = run(capsys, *arguments), run(capsys, *arguments, "--fast")
+    assert fast[:2] == plain[:2]
+
+
 def test_generate_several_samples(model_folder, capsys):
     code, out, _ = run(capsys, "generate", model_folder, "Hello", "--samples", 3)
     assert code == 0
@@ -83,6 +89,8 @@ def test_generate_from_standard_input(model_folder):
         (["Hello", "--samples", "0"], "--samples 0 is below 1"),
         (["Hello", "--temperature", "-1"], "--temperature -1.0"),
         (["Hello", "--max-new-tokens", "0"], "max_new_tokens=0 is below 1"),
+        (["Hello", "--weights", "int8"], "--weights int8 goes with --fast"),
+        (["Hello", "--fast", "--weights", "int3"], "'int3' is no format"),
     ],
 )
 def test_generate_refuses(arguments, message, model_folder, capsys):

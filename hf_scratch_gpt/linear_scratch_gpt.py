@@ -1,0 +1,68 @@
+"""The linear layer, with ways of its own where a CPU answers slower than it could."""
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b: torch's own layer, faster on CPUs where no gradient is asked for.
+
+    To write one token a model reads all its weights, so the speed of memory is the limit. Two of
+    torch's ways stay far below it (figures in `benchmarks/NOTES.md`): in float32 the product of a
+    matrix and one vector runs on one thread, where oneDNN, which torch has as well, takes them all;
+    and compiled code calls the same slow product, where the sum written out becomes a loop that
+    reads as fast as memory gives.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map `input` (..., C) to (..., D)."""
+        if input.is_cpu and is_plain_inference(input, self.weight):
+            if torch.compiler.is_compiling():
+                if is_one_token(input):
+                    return written_out(input, self.weight, self.bias)
+            elif _HAS_ONEDNN and input.dtype == torch.float32:
+                return by_onednn(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+def is_plain_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether no gradient, no tracing, no other type of tensor and no cast is in the way."""
+    return (
+        not torch.is_grad_enabled()
+        and type(weight) is nn.Parameter
+        and x.dtype == weight.dtype
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+        and not torch.jit.is_tracing()
+        # Code that watches operators knows torch's; oneDNN's would go uncounted.
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def is_one_token(x: torch.Tensor) -> bool:
+    """Whether `x` (..., C) is one vector."""
+    return x.numel() == x.shape[-1]
+
+
+def written_out(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of one vector `x` (..., C) and `weight` (D, C), (..., D), to be compiled.
+
+    It is summed in float32, as half precision has too few digits for a thousand terms.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # Inductor would compute what makes `x`, a LayerNorm say, anew for every row of the weight; it
+    # keeps what is viewed by strides.
+    x_once = x.contiguous().as_strided((1, x.numel()), (x.numel(), 1))
+    product = (x_once.to(wide) * weight.to(wide)).sum(-1)
+    if bias is not None:
+        product = product + bias.to(wide)
+    return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of `x` (..., C) and `weight` (D, C), which may be packed, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -1,0 +1,89 @@
+"""The linear layer gives what torch's gives, wherever it takes a way of its own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_scratch_gpt.linear_scratch_gpt import Linear
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def layer(dtype=torch.float32, bias=True):
+    return Linear(48, 80, bias=bias).to(dtype)
+
+
+def in_float64(linear, x):
+    bias = 0 if linear.bias is None else linear.bias.double()
+    return x.double() @ linear.weight.double().T + bias
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 1, 48), (3, 5, 48), (0, 48)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_eager(dtype, shape, bias):
+    linear, x = layer(dtype, bias), torch.randn(shape, dtype=dtype)
+    y = linear(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(
+        y.double(), in_float64(linear, x), atol=DTYPES[dtype], rtol=DTYPES[dtype]
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_compiled(dtype, rows):
+    linear, x = layer(dtype), torch.randn(1, rows, 48, dtype=dtype)
+    y = torch.compile(linear, fullgraph=True, dynamic=False)(x)
+    torch.testing.assert_close(
+        y.double(), in_float64(linear, x), atol=DTYPES[dtype], rtol=DTYPES[dtype]
+    )
+
+
+def test_float64_is_exact():
+    with torch.no_grad():
+        linear, x = layer(torch.float64), torch.randn(1, 48, dtype=torch.float64)
+        assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+
+
+def test_not_contiguous():
+    with torch.no_grad():
+        linear, x = layer(), torch.randn(48, 6).T
+        torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_torchs():
+    linear, x = layer(), torch.randn(2, 48, requires_grad=True)
+    linear(x).square().sum().backward()
+    own = x.grad, linear.weight.grad.clone(), linear.bias.grad.clone()
+    x.grad = None
+    linear.zero_grad()
+    nn.functional.linear(x, linear.weight, linear.bias).square().sum().backward()
+    for mine, torchs in zip(own, (x.grad, linear.weight.grad, linear.bias.grad), strict=True):
+        assert torch.equal(mine, torchs)
+
+
+@torch.no_grad()
+def test_autocast_still_casts():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer()(torch.randn(2, 48)).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_operations_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        layer()(torch.randn(3, 48))
+    assert counter.get_total_flops() == 2 * 3 * 48 * 80
+
+
+@torch.no_grad()
+def test_vmap_and_export():
+    linear, x = layer(), torch.randn(4, 48)
+    torch.testing.assert_close(torch.func.vmap(linear)(x), linear(x))
+    exported = torch.export.export(linear, (x,)).module()
+    torch.testing.assert_close(exported(x), linear(x))
+    names = {str(node.target) for node in torch.export.export(linear, (x,)).graph.nodes}
+    assert not any("mkldnn" in name for name in names)  # it runs on other machines too

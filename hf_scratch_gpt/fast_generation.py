@@ -231,21 +231,31 @@ class _PackedLinear(nn.Linear):
     """Keeps a copy of its weight in the order in which oneDNN reads it."""
 
     dtypes = (torch.float32, torch.bfloat16)
-    packed: torch.Tensor
+    packed: "_Packed"
 
     @classmethod
     def take_over(cls, linear: nn.Linear) -> None:
         """Make `linear` one of these."""
         linear.__class__ = cls
-        linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        linear.packed = _Packed(linear.weight.detach())
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if is_plain_inference(input, self.weight):
             if not torch.compiler.is_compiling():
-                return by_onednn(input, self.packed, self.bias)
+                return by_onednn(input, self.packed.weight, self.bias)
             if is_one_token(input):
                 return written_out(input, self.weight, self.bias)
         return super().forward(input)
+
+
+class _Packed:
+    """A weight in oneDNN's order, which torch cannot copy; copies of a layer share it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Packed":
+        return self
 
 
 class _QuantizedLinear(nn.Linear):

@@ -97,6 +97,8 @@ class ScratchGPTConfig(PretrainedConfig):
         scale_attn_by_inverse_layer_idx: whether layer i's scores are divided by i + 1 as well.
         fused_kernels: compute LayerNorm and GELU by torch's fused kernels (True) or written out
             (False). Attention is chosen by transformers' `attn_implementation`.
+        chunked_loss: compute the loss of training a few hundred tokens at a time, which takes less
+            memory and gives no `logits`.
         layer_norm_eps: added to the variance in LayerNorm.
         embedding_dropout, hidden_dropout, attention_dropout: probability of dropping an embedding,
             a sub-layer's output, an attention weight, in training.
@@ -167,6 +169,7 @@ class ScratchGPTConfig(PretrainedConfig):
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     fused_kernels: bool = True
+    chunked_loss: bool = False
     layer_norm_eps: float | int = 1e-5
     embedding_dropout: float | int = 0.1
     hidden_dropout: float | int = 0.1

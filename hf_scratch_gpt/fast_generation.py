@@ -237,7 +237,7 @@ class _PackedLinear(nn.Linear):
     def take_over(cls, linear: nn.Linear) -> None:
         """Make `linear` one of these."""
         linear.__class__ = cls
-        linear.packed = _Packed(linear.weight.detach())
+        linear.packed = _Packed(linear.weight.detach())  # type: ignore[assignment]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if is_plain_inference(input, self.weight):

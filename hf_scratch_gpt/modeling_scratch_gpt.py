@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
 from .linear_scratch_gpt import Linear
+from .loss_scratch_gpt import chunked_causal_loss
 from .positions_scratch_gpt import check_length, positions_at, raise_past_limit
 
 _WHERE_ON_THE_HUB = (
@@ -267,7 +268,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 
         Returns:
             `logits` (B, T, V); with labels, `loss`, the mean negative log-likelihood in nats per
-            token.
+            token. A loss by `config.chunked_loss`, in training, comes without logits.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -279,9 +280,12 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if labels is not None and self._chunks_loss():
+            loss = chunked_causal_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+        if labels is not None and loss is None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
@@ -292,6 +296,13 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _chunks_loss(self) -> bool:
+        """Whether a loss is computed without all logits: in training, of a head that is whole."""
+        is_training = self.training and torch.is_grad_enabled()
+        head = self.lm_head
+        is_whole = type(head) is Linear and type(head.weight) is nn.Parameter
+        return self.config.chunked_loss and is_training and is_whole
 
     def prepare_inputs_for_generation(
         self,

@@ -224,7 +224,7 @@ def training_memory(
     )
     fullest = max(
         kept + sizes["loss"],
-        kept + tensors["loss"]["gradient of logits"] + head + hidden,
+        kept + tensors["loss"].get("gradient of logits", 0) + head + hidden,
         kept + (block - hidden if checkpointing else 0) + head + working,
         counts.tied_total - counts.position_embedding - first + block + sizes["ends"] + working,
         counts.total + max(2 * largest, head + 2 * counts.position_embedding),
@@ -254,6 +254,11 @@ def _tensors_of_a_step(
     norm = {"input": hidden, "mean, deviation": 2 * tokens, "output": hidden}
     if not fused:
         norm = {"centred": 2 * hidden, "deviation": tokens, "scaled, output": 2 * hidden}
+    # The logits themselves are gone by the backward pass, if nobody holds them.
+    loss = {"log-probabilities": logits, "their gradient": logits, "gradient of logits": logits}
+    if config.chunked_loss:
+        head = config.vocab_size * config.hidden_size
+        loss = {"gradients, of the loss and of its sum": 2 * (head + hidden)}
     return {
         "norm": norm,
         "attention": {
@@ -271,12 +276,7 @@ def _tensors_of_a_step(
             "mask of dropout": mask,
         },
         "ends": {"mask of dropout": hidden if config.embedding_dropout > 0 else 0},
-        # The logits themselves are gone by the backward pass, if nobody holds them.
-        "loss": {
-            "log-probabilities": logits,
-            "their gradient": logits,
-            "gradient of logits": logits,
-        },
+        "loss": loss,
         "gradients of the activation": {"output, factors": inner if fused else 2 * inner},
         "gradients of the scores": {
             "weights, scores": scores if drops else 2 * scores,

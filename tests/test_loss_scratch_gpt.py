@@ -1,0 +1,122 @@
+"""The chunked loss is transformers' loss."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from hf_scratch_gpt import ScratchGPTForCausalLM, loss_scratch_gpt
+from hf_scratch_gpt.loss_scratch_gpt import chunked_causal_loss
+
+from .models import VOCABULARY, random_ids, random_model
+
+CASES = {
+    "plain": {},
+    "items in batch": {"num_items_in_batch": torch.tensor(31)},
+    "items as int": {"num_items_in_batch": 31},
+    "another index": {"ignore_index": 5},
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    monkeypatch.setattr(loss_scratch_gpt, "_PIECE", 7 * VOCABULARY)  # 7 tokens; 4 pieces and a rest
+
+
+def gradients(loss, *leaves):
+    (2 * loss).backward()  # as gradient scaling does
+    return [leaf.grad.clone() for leaf in leaves]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_transformers(case):
+    labels = random_ids(3, 11)
+    labels[0, 4:] = -100
+    labels[1, 3] = 5
+    if case == "another index":
+        labels[labels == -100] = 5
+    results = []
+    for chunked in (False, True):
+        torch.manual_seed(0)
+        hidden = torch.randn(3, 11, 16, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(VOCABULARY, 16, dtype=torch.float64, requires_grad=True)
+        if chunked:
+            loss = chunked_causal_loss(hidden, weight, labels, **CASES[case])
+        else:
+            loss = ForCausalLMLoss(hidden @ weight.T, labels, VOCABULARY, **CASES[case])
+        results.append([loss.detach(), *gradients(loss, hidden, weight)])
+    for expected, own in zip(*results, strict=True):  # the loss is of float32 in both
+        torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_labels_that_are_shifted_already():
+    hidden, weight = torch.randn(2, 9, 16), torch.randn(VOCABULARY, 16)
+    labels = random_ids(2, 9)
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    expected = chunked_causal_loss(hidden, weight, labels)
+    assert torch.equal(chunked_causal_loss(hidden, weight, None, shift_labels=shifted), expected)
+
+
+def models():
+    """A model, and the same with a chunked loss, both without dropout."""
+    pair = []
+    for chunked in (False, True):
+        torch.manual_seed(0)
+        model = random_model(ScratchGPTForCausalLM, drop_rate=0.0, chunked_loss=chunked)
+        pair.append(model.train())
+    return pair
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_model_trains_as_before(autocast):
+    ids = random_ids(4, 20)
+    losses = []
+    for model in models():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for _ in range(10):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                outputs = model(ids, labels=ids)
+            outputs.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(outputs.loss.item())
+        assert (outputs.logits is None) == model.config.chunked_loss
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3 if autocast else 1e-5)
+
+
+def test_logits_where_they_are_asked_for():
+    _, model = models()
+    ids = random_ids(2, 8)
+    assert model(ids).logits.shape == (2, 8, VOCABULARY)
+    with torch.no_grad():
+        assert model(ids, labels=ids).logits.shape == (2, 8, VOCABULARY)
+    assert model.eval()(ids, labels=ids).logits.shape == (2, 8, VOCABULARY)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_trainer(tmp_path, smoothing):
+    """Gradient accumulation over texts of unequal lengths, and label smoothing."""
+    texts = [{"input_ids": ids, "labels": ids} for ids in random_ids(8, 12)]
+    for text in texts[::2]:
+        text["labels"] = text["labels"].clone()
+        text["labels"][:7] = -100
+    weights = []
+    for model in models():
+        arguments = TrainingArguments(
+            output_dir=tmp_path,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+            max_steps=2,
+            learning_rate=1e-3,
+            label_smoothing_factor=smoothing,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        Trainer(model, arguments, train_dataset=texts).train()
+        weights.append(model.state_dict())
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=2e-5, rtol=1e-3)

@@ -1,0 +1,102 @@
+"""Writing and reading: one text, a long prompt, 32 texts at once."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
+
+from .limits import matrix_peak, read_bandwidth
+from .peers import DTYPES, OURS, load, optimize_for_generation, writers
+from .timing import in_turns, rates, seconds_of
+
+PROMPT, WRITTEN = 32, 64
+LONG, TEXTS, WRITTEN_BY_EACH = 1024, 32, 8
+
+
+def weight_bytes(folder: Path, weights: str) -> int:
+    """Bytes that one token reads: all matrices, the positions and biases left out."""
+    with torch.device("meta"):
+        model = ScratchGPTForCausalLM(ScratchGPTConfig.from_preset(folder.name))
+    size = {"float32": 4, "bfloat16": 2, "int8": 1}[weights]
+    linears = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return size * sum(linear.weight.numel() for linear in linears)
+
+
+def decode(folder: Path, weights: str, rounds: int, device: str) -> dict[str, Any]:
+    """Tokens a second of one text; ids in float32 are compared first."""
+    ids = torch.randint(0, 50257, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    ways, firsts, texts = {}, {}, {}
+    for name, write in writers(folder, weights, device):
+        firsts[name] = seconds_of(lambda write=write: write(ids, 2), device)
+        texts[name] = write(ids, WRITTEN)
+        ways[name] = lambda write=write: write(ids, WRITTEN)
+    if weights == "float32":
+        expected = texts["GPT2LMHeadModel"]
+        for name, text in texts.items():
+            assert text == expected, f"{name} writes other tokens than GPT2LMHeadModel"
+    size = weight_bytes(folder, weights)
+    return {
+        "unit": "tokens/s",
+        "rates": rates(WRITTEN, in_turns(ways, rounds, device)),
+        "limit": read_bandwidth(device) / size,
+        "first call, s": firsts,
+    }
+
+
+@torch.no_grad()
+def prefill(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
+    """Tokens a second of a prompt of 1,024."""
+    ids = torch.randint(0, 50257, (1, LONG)).to(device)
+    theirs, ours = load(folder, dtype, device)
+    models = {"GPT2LMHeadModel": theirs, OURS[0]: ours}
+    models[OURS[1]] = optimize_for_generation(load(folder, dtype, device)[1])
+    ways = {
+        name: lambda model=model: model(ids, use_cache=True, logits_to_keep=1)
+        for name, model in models.items()
+    }
+    logits = {name: way().logits[0, -1].float() for name, way in ways.items()}
+    spread = logits["GPT2LMHeadModel"].std()
+    for name, values in logits.items():
+        difference = (values - logits["GPT2LMHeadModel"]).abs().max() / spread
+        assert difference < (1e-3 if dtype == "float32" else 0.2), f"{name}: {difference}"
+    linears = 12 * ours.config.hidden_size**2 * ours.config.num_hidden_layers
+    attention = ours.config.num_hidden_layers * LONG * ours.config.hidden_size * 2
+    return {
+        "unit": "tokens/s",
+        "rates": rates(LONG, in_turns(ways, rounds, device)),
+        "limit": matrix_peak(DTYPES[dtype], device) / (2 * linears + attention),
+    }
+
+
+def batch(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
+    """Tokens a second of 32 texts at once."""
+    ids = torch.randint(0, 50257, (TEXTS, PROMPT))
+    ways = {}
+    for name, write in writers(folder, dtype, device):
+        if name in ("GPT2LMHeadModel", *OURS, "CTranslate2"):
+            write(ids, 2)
+            ways[name] = lambda write=write: write(ids, WRITTEN_BY_EACH)
+    seconds = in_turns(ways, rounds, device)
+    return {"unit": "tokens/s", "rates": rates(TEXTS * WRITTEN_BY_EACH, seconds)}
+
+
+@torch.no_grad()
+def perplexity(folder: Path, device: str) -> dict[str, Any]:
+    """Of a text that the model has written by chance, for each form of its weights."""
+    _, ours = load(folder, "float32", device)
+    torch.manual_seed(0)
+    start = torch.tensor([[1]], device=device)
+    text = ours.generate(start, max_new_tokens=500, do_sample=True, top_k=0, pad_token_id=0)
+    exact = math.exp(ours(text, labels=text).loss)
+    values = {"float32": exact}
+    half = load(folder, "bfloat16", device)[1]
+    values["bfloat16"] = math.exp(half(text, labels=text).loss)
+    try:
+        small = optimize_for_generation(ours, weights="int8")
+        values["int8"] = math.exp(small(text, labels=text).loss)
+    except ImportError:
+        pass
+    return {"perplexity": values, "ratio": {name: value / exact for name, value in values.items()}}

@@ -1,0 +1,200 @@
+"""What people run GPT-2 with, each brought to one form: a prompt's ids in, new ids out."""
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import torch
+from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from conversion.verify import gpt2_config
+from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, optimize_for_generation
+
+OURS = ("ours, plain", "ours, fast")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Takes ids (B, T) and how many to write; returns those, (B, N).
+Write = Callable[[torch.Tensor, int], list[list[int]]]
+
+
+def make_weights(folder: Path, preset: str) -> None:
+    """Save a random GPT-2 in transformers' format, with names of tokens for CTranslate2."""
+    if (folder / "model.safetensors").exists():
+        return
+    torch.manual_seed(0)
+    config: GPT2Config = gpt2_config(ScratchGPTConfig.from_preset(preset))
+    model = GPT2LMHeadModel(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:  # larger than at the start, so that tokens differ in probability
+            torch.nn.init.normal_(parameter, std=0.06)
+    model.save_pretrained(folder)
+    vocabulary = {f"<{number}>": number for number in range(config.vocab_size - 1)}
+    vocabulary["<|endoftext|>"] = config.vocab_size - 1
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def by_generate(model: PreTrainedModel, **arguments: object) -> Write:
+    """`generate`, greedily."""
+
+    def write(ids: torch.Tensor, count: int) -> list[list[int]]:
+        ids = ids.to(model.device)
+        whole = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            **arguments,
+        )
+        return whole[:, ids.shape[1] :].tolist()
+
+    return write
+
+
+def load(folder: Path, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """transformers' model and ours, on the same weights."""
+    classes = (GPT2LMHeadModel, ScratchGPTForCausalLM)
+    theirs, ours = (
+        model_class.from_pretrained(folder, dtype=DTYPES[dtype]).eval().to(device)
+        for model_class in classes
+    )
+    return theirs, ours
+
+
+def writers(folder: Path, weights: str, device: str) -> Iterator[tuple[str, Write]]:
+    """All ways to write with the weights in `folder`, kept as "float32", "bfloat16" or "int8"."""
+    dtype = "float32" if weights == "int8" else weights
+    theirs, ours = load(folder, dtype, device)
+    fast = copy.deepcopy(ours)
+    if weights == "int8":
+        if importlib.util.find_spec("torchao"):
+            yield OURS[1], by_generate(optimize_for_generation(fast, weights="int8"))
+    else:
+        yield "GPT2LMHeadModel", by_generate(theirs)
+        compiled = CompileConfig(
+            fullgraph=True, mode="default" if device == "cpu" else "reduce-overhead"
+        )
+        compiled._compile_all_devices = True
+        yield (
+            "GPT2LMHeadModel, compiled",
+            by_generate(
+                copy.deepcopy(theirs),
+                cache_implementation="static",
+                max_cache_len=theirs.config.n_positions,
+                compile_config=compiled,
+            ),
+        )
+        yield OURS[0], by_generate(ours)
+        yield OURS[1], by_generate(optimize_for_generation(fast))
+    if device == "cpu":
+        if importlib.util.find_spec("ctranslate2") and weights != "bfloat16":  # it refuses that
+            yield "CTranslate2", by_ctranslate2(folder, weights)
+        if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+            yield "llama.cpp", by_llama_cpp(folder, weights)
+
+
+def by_ctranslate2(folder: Path, weights: str) -> Write:
+    """CTranslate2 on a conversion of `folder`."""
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+
+    converted = folder.parent / f"{folder.name}-ctranslate2-{weights}"
+    if not converted.exists():
+        TransformersConverter(str(folder)).convert(str(converted), quantization=weights)
+    generator = ctranslate2.Generator(
+        str(converted), compute_type=weights, intra_threads=torch.get_num_threads()
+    )
+
+    def write(ids: torch.Tensor, count: int) -> list[list[int]]:
+        results = generator.generate_batch(
+            [[f"<{number}>" for number in row] for row in ids.tolist()],
+            max_length=count,
+            min_length=count,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
+        return [result.sequences_ids[0] for result in results]
+
+    return write
+
+
+def by_llama_cpp(folder: Path, weights: str) -> Write:
+    """llama.cpp on a GGUF file made of `folder`; it takes one text."""
+    import llama_cpp
+
+    kind = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}[weights]
+    path = folder.parent / f"{folder.name}-{kind}.gguf"
+    if not path.exists():
+        write_gguf(folder, path, kind)
+    threads = torch.get_num_threads()
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+
+    def write(ids: torch.Tensor, count: int) -> list[list[int]]:
+        if len(ids) > 1:
+            raise NotImplementedError
+        llama.reset()
+        llama.eval(ids[0].tolist())
+        written: list[int] = []
+        while True:
+            logits = numpy.ctypeslib.as_array(llama._ctx.get_logits(), (llama.n_vocab(),))
+            written.append(int(logits.argmax()))
+            if len(written) == count:
+                return [written]
+            llama.eval(written[-1:])
+
+    return write
+
+
+def write_gguf(folder: Path, path: Path, kind: str) -> None:
+    """Write the GPT-2 in `folder` as llama.cpp reads it, matrices as `kind`."""
+    import gguf
+
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    config, tensors = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"<{number}>" for number in range(config.vocab_size)])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(config.vocab_size - 1)
+
+    def add(name: str, tensor: torch.Tensor, is_matrix: bool) -> None:
+        values = numpy.ascontiguousarray(tensor.float().numpy())
+        if is_matrix and kind != "F32":
+            form = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quants.quantize(values, form), raw_dtype=form)
+        else:
+            writer.add_tensor(name, values)
+
+    tokens = tensors["transformer.wte.weight"]
+    add("token_embd.weight", tokens, True)
+    add("output.weight", tokens, True)
+    add("position_embd.weight", tensors["transformer.wpe.weight"], False)
+    for part in ("weight", "bias"):
+        add(f"output_norm.{part}", tensors[f"transformer.ln_f.{part}"], False)
+    names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
+    names |= {"ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    for layer in range(config.n_layer):
+        for theirs, ggufs in names.items():
+            for part in ("weight", "bias"):
+                tensor = tensors[f"transformer.h.{layer}.{theirs}.{part}"]
+                is_matrix = tensor.ndim == 2
+                name = f"blk.{layer}.{ggufs}.{part}"
+                add(name, tensor.T if is_matrix else tensor, is_matrix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,86 @@
+"""A training step: tokens a second, peak memory, and whether the losses are the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .timing import rates
+
+BATCH, LENGTH, STEPS = 2, 1024, 4
+# In a process of its own, since peak memory is a process's.
+STEP = """
+import json, resource, sys
+import torch
+from benchmarks.timing import seconds_of
+from transformers import GPT2LMHeadModel
+from hf_scratch_gpt import ScratchGPTForCausalLM
+
+name, folder, *sizes, device = sys.argv[1:]
+batch, length, steps = map(int, sizes)
+none = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+if name == "GPT2LMHeadModel":
+    model = GPT2LMHeadModel.from_pretrained(folder, use_cache=False, **none)
+else:
+    model = ScratchGPTForCausalLM.from_pretrained(
+        folder, chunked_loss=name.endswith("chunked loss"), use_cache=False, drop_rate=0.0
+    )
+model.train().to(device)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+generator = torch.Generator().manual_seed(0)
+ids = [torch.randint(0, 50257, (batch, length), generator=generator).to(device) for _ in range(4)]
+losses, times = [], []
+
+def step(number):
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = model(ids[number % 4], labels=ids[number % 4]).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+
+for number in range(steps):
+    times.append(seconds_of(lambda: step(number), device))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+if device != "cpu":
+    peak = torch.accelerator.max_memory_allocated()
+print(json.dumps({"seconds": times[1:], "losses": losses, "peak": peak}))
+"""
+NAMES = ("GPT2LMHeadModel", "ours", "ours, chunked loss")
+
+
+def run(name: str, folder: Path, batch: int, length: int, steps: int, device: str) -> dict:
+    """Seconds a step, losses and peak memory of one model."""
+    sizes = [str(number) for number in (batch, length, steps)]
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, name, folder, *sizes, device],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def training(folder: Path, rounds: int, device: str) -> dict[str, Any]:
+    """All under bfloat16 autocast with AdamW, in turns; then 50 short steps for the losses."""
+    results: dict[str, list[dict]] = {name: [] for name in NAMES}
+    for _ in range(rounds):
+        for name in NAMES:
+            results[name].append(run(name, folder, BATCH, LENGTH, STEPS, device))
+    tokens = BATCH * LENGTH
+    curves = {name: run(name, folder, 2, 32, 50, device)["losses"] for name in NAMES}
+    exact = curves["GPT2LMHeadModel"]
+    seconds = {
+        name: [second for result in runs for second in result["seconds"]]
+        for name, runs in results.items()
+    }
+    return {
+        "unit": "tokens/s",
+        "rates": rates(tokens, seconds),
+        "peak, GB": {n: max(r["peak"] for r in runs) / 1e9 for n, runs in results.items()},
+        "largest relative difference of 50 losses": {
+            name: max(abs(a - b) / b for a, b in zip(curve, exact, strict=True))
+            for name, curve in curves.items()
+        },
+    }

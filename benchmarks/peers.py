@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ Write = Callable[[torch.Tensor, int], list[list[int]]]
 
 
 def make_weights(folder: Path, preset: str) -> None:
-    """Save a random GPT-2 in transformers' format, with names of tokens for CTranslate2."""
+    """Save a random GPT-2 in transformers' format."""
     if (folder / "model.safetensors").exists():
         return
     torch.manual_seed(0)
@@ -30,10 +31,6 @@ def make_weights(folder: Path, preset: str) -> None:
         if parameter.ndim == 2:  # larger than at the start, so that tokens differ in probability
             torch.nn.init.normal_(parameter, std=0.06)
     model.save_pretrained(folder)
-    vocabulary = {f"<{number}>": number for number in range(config.vocab_size - 1)}
-    vocabulary["<|endoftext|>"] = config.vocab_size - 1
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
 def by_generate(model: PreTrainedModel, **arguments: object) -> Write:
@@ -104,7 +101,9 @@ def by_ctranslate2(folder: Path, weights: str) -> Write:
 
     converted = folder.parent / f"{folder.name}-ctranslate2-{weights}"
     if not converted.exists():
-        TransformersConverter(str(folder)).convert(str(converted), quantization=weights)
+        with tempfile.TemporaryDirectory() as named:
+            add_vocabulary(folder, Path(named))
+            TransformersConverter(named).convert(str(converted), quantization=weights)
     generator = ctranslate2.Generator(
         str(converted), compute_type=weights, intra_threads=torch.get_num_threads()
     )
@@ -120,6 +119,16 @@ def by_ctranslate2(folder: Path, weights: str) -> Write:
         return [result.sequences_ids[0] for result in results]
 
     return write
+
+
+def add_vocabulary(folder: Path, named: Path) -> None:
+    """Make `named` the model in `folder` with names for its tokens, which CTranslate2 asks for."""
+    for file in folder.iterdir():
+        (named / file.name).symlink_to(file.resolve())
+    last = ScratchGPTConfig.from_pretrained(folder).vocab_size - 1
+    vocabulary = {f"<{number}>": number for number in range(last)} | {"<|endoftext|>": last}
+    (named / "vocab.json").write_text(json.dumps(vocabulary))
+    (named / "merges.txt").write_text("#version: 0.2\n")
 
 
 def by_llama_cpp(folder: Path, weights: str) -> Write:

@@ -7,9 +7,11 @@ that cannot be had, reading and writing go through the cache as usual.
 """
 
 import errno
+import io
 import mmap
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
@@ -43,7 +45,8 @@ class DirectFile:
         """Write what is in the block, up to the end of its last page."""
         rest = self._block[: -(-self._filled // _PAGE) * _PAGE].numpy().data
         while rest:
-            rest = rest[self._file.write(rest) :]
+            with _cache_where_needed(self._file):
+                rest = rest[self._file.write(rest) :]
         self._filled = 0
 
     def close(self) -> None:
@@ -73,8 +76,9 @@ def read_tensor(
         file.seek(offset - before)
         filled, taken = 0, _PAGE
         while taken and taken % _PAGE == 0 and filled < before + size:
-            taken = file.readinto(block[filled:].numpy().data)
-            filled += taken
+            with _cache_where_needed(file):
+                taken = file.readinto(block[filled:].numpy().data)
+                filled += taken
     if filled < before + size:
         raise ValueError(f"{path} ends at {offset - before + filled}, inside a tensor")
     count = prod(shape)
@@ -89,6 +93,23 @@ def _open(path: str, flags: int) -> int:
         if error.errno != errno.EINVAL:
             raise
         return os.open(path, flags, 0o666)
+
+
+@contextmanager
+def _cache_where_needed(file: io.FileIO) -> Iterator[None]:
+    """Let `file` go through the cache from now on if its system refuses to do without."""
+    try:
+        yield
+    except OSError as error:
+        direct = getattr(os, "O_DIRECT", 0)
+        if error.errno != errno.EINVAL or not direct:
+            raise
+        import fcntl
+
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        if not flags & direct:
+            raise
+        fcntl.fcntl(file, fcntl.F_SETFL, flags & ~direct)
 
 
 def _pages(size: int) -> torch.Tensor:

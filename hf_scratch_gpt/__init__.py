@@ -60,4 +60,5 @@ AutoModelForQuestionAnswering.register(
     ScratchGPTConfig, ScratchGPTForQuestionAnswering, exist_ok=True
 )
 AutoTokenizer.register(ScratchGPTConfig, tokenizer_class=ScratchGPTTokenizer, exist_ok=True)
-register_gpt2_rules()
+# When a model is loaded, as it takes transformers 45 ms to make its table ready.
+ScratchGPTPreTrainedModel.register_rules = staticmethod(register_gpt2_rules)

@@ -3,6 +3,7 @@
 What is special to a device or a number format is here, so that the model's own code stays plain.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
     can do, run as before; on a CPU with weights packed for oneDNN, which takes as much memory
     again. On a GPU any number of texts is compiled, into CUDA graphs; each number anew.
 
-    The outputs are those of before, up to the order in which sums are rounded. Weights must not be
-    changed afterwards.
+    The outputs are those of before, up to the order in which sums are rounded. Change weights, add
+    hooks and adapters, choose data type and device before, not afterwards; and pickle nothing.
 
     Args:
         model: in evaluation mode, on its device and in its data type.
@@ -58,6 +59,7 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         ValueError: `weights` is no format, or not one for the device; the model is in training
             mode, cannot generate, or has been through this before.
         ImportError: torchao is missing.
+        FileNotFoundError: a C++ compiler is missing.
     """
     if not isinstance(model, GenerationMixin):
         raise ValueError(f"{type(model).__name__} cannot generate; give a language model")
@@ -65,14 +67,20 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         raise ValueError("the model is optimized already; load it again to change the weights")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
+    if model.device.type == "cpu":
+        _ask_for_compiler()
     if weights is not None:
         _quantize(model, weights)
     elif model.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        dtypes = [torch.float32]
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            dtypes.append(torch.bfloat16)
         for module in model.modules():
-            if isinstance(module, nn.Linear) and module.weight.dtype in _PackedLinear.dtypes:
+            if isinstance(module, nn.Linear) and module.weight.dtype in dtypes:
                 _PackedLinear.take_over(module)
     if model.device.type == "cpu":
-        model.set_attn_implementation(_ATTENTION)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(_ATTENTION)
     else:  # transformers compiles steps over such a cache by itself
         model.generation_config.cache_implementation = "static"
         model.generation_config.max_cache_len = model.config.max_position_embeddings
@@ -85,11 +93,24 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
     return model
 
 
+def _ask_for_compiler() -> None:
+    # Not at the top: these take a tenth of a second, of everyone who imports the package.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise FileNotFoundError(
+            "no C++ compiler is there to compile the step with; install g++, or name one in CXX"
+        ) from None
+
+
 class _FastGeneration(GenerationMixin):
     """Goes before a language model's own class."""
 
     weight_format: str | None
-    _one_token: "_OneToken | None" = None
+    _one_token: Any = None  # a _OneToken, once a text has been written
 
     def _sample(
         self,
@@ -109,12 +130,18 @@ class _FastGeneration(GenerationMixin):
             and len(input_ids) == 1
             and type(cache) is DynamicCache
             and cache.get_seq_length() == 0
+            and not getattr(cache, "_is_user_defined", False)
+            and not torch.is_autocast_enabled("cpu")
             and (mask is None or bool(mask.all()))
             and not (synced_gpus or generation_config.return_dict_in_generate)
             and "inputs_embeds" not in model_kwargs
             and (positions is None or torch.equal(positions[0], torch.arange(input_ids.shape[1])))
         )
-        if not is_ordinary:
+        if is_ordinary and self._one_token is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._one_token = _OneToken(self)
+        # Another thread may be writing, or whoever is told the tokens asks for a text on its part.
+        if not is_ordinary or not self._one_token.lock.acquire(blocking=False):
             return super()._sample(
                 input_ids,
                 logits_processor,
@@ -124,22 +151,23 @@ class _FastGeneration(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        if self._one_token is None:
-            self._one_token = _OneToken(self)
-        logits = self(input_ids, past_key_values=cache, logits_to_keep=1).logits
-        self._one_token.begin(cache)
-        while True:
-            scores = logits_processor(input_ids, logits[:, -1].float())
-            if generation_config.do_sample:
-                token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-            else:
-                token = scores.argmax(-1, keepdim=True)
-            input_ids = torch.cat([input_ids, token], dim=-1)
-            if streamer is not None:
-                streamer.put(token[0])
-            if stopping_criteria(input_ids, None).all():
-                break
-            logits = self._one_token.logits_after(token)
+        try:
+            logits = self(input_ids, past_key_values=cache, logits_to_keep=1).logits
+            self._one_token.begin(cache)
+            while True:
+                scores = logits_processor(input_ids, logits[:, -1].float())
+                if generation_config.do_sample:
+                    token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+                else:
+                    token = scores.argmax(-1, keepdim=True)
+                input_ids = torch.cat([input_ids, token], dim=-1)
+                if streamer is not None:
+                    streamer.put(token[0])
+                if stopping_criteria(input_ids, None).all():
+                    break
+                logits = self._one_token.logits_after(token)
+        finally:
+            self._one_token.lock.release()
         if streamer is not None:
             streamer.end()
         return input_ids
@@ -158,6 +186,7 @@ class _OneToken:
 
     def __init__(self, model: Any) -> None:
         config = model.config
+        self.lock = threading.Lock()
         self._limit = config.max_position_embeddings
         self._memory = _Memory(config, model.dtype)
         self._is_seen = torch.ones(1, 1, 1, self._limit, dtype=torch.bool)
@@ -230,7 +259,6 @@ class _Memory(Cache):
 class _PackedLinear(nn.Linear):
     """Keeps a copy of its weight in the order in which oneDNN reads it."""
 
-    dtypes = (torch.float32, torch.bfloat16)
     packed: "_Packed"
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -19,7 +20,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
-        if input.is_cpu and is_plain_inference(input, self.weight):
+        is_right = input.shape[-1:] == self.weight.shape[-1:]  # torch has the better error
+        if input.is_cpu and is_right and is_plain_inference(input, self.weight):
             if torch.compiler.is_compiling():
                 if is_one_token(input):
                     return written_out(input, self.weight, self.bias)
@@ -40,6 +42,7 @@ def is_plain_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
         # Code that watches operators knows torch's; oneDNN's would go uncounted.
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 

@@ -36,9 +36,17 @@ def chunked_causal_loss(
 
     Returns:
         The mean negative log-likelihood in nats. It can be differentiated once.
+
+    Raises:
+        ValueError: there are more or fewer labels than hidden states.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if shift_labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"labels have the shape {list(shift_labels.shape)}, and the tokens "
+            f"{list(hidden_states.shape[:-1])}; give one label for each"
+        )
     shift_labels = shift_labels.flatten().to(hidden_states.device)
     counted = (shift_labels != ignore_index).nonzero()[:, 0]  # (N,)
     device = hidden_states.device.type
@@ -61,7 +69,9 @@ class _SumOfLosses(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        # In half precision a sum of many pieces would lose digits, and before it is divided by the
+        # number of tokens it may be too large.
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         size = max(1, _PIECE // len(weight))
         pieces = zip(hidden.split(size), labels.split(size), grad_hidden.split(size), strict=True)
@@ -76,7 +86,10 @@ class _SumOfLosses(torch.autograd.Function):
             softmax.scatter_add_(1, label[:, None], torch.full_like(of_label, -1.0))
             grad_logits = softmax.to(rows.dtype)
             torch.mm(grad_logits, weight, out=grad_rows)
-            grad_weight.addmm_(grad_logits.T, rows)
+            if grad_weight.dtype == rows.dtype:
+                grad_weight.addmm_(grad_logits.T, rows)
+            else:
+                grad_weight += grad_logits.T @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -86,4 +99,6 @@ class _SumOfLosses(torch.autograd.Function):
         ctx: Any, grad_total: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight * grad_total, None
+        if len(grad_hidden):  # else no token counts, and the mean over none is no number
+            grad_weight = grad_weight * grad_total
+        return grad_hidden * grad_total, grad_weight.to(grad_hidden.dtype), None

@@ -3,6 +3,7 @@
 # B batch, T query tokens, S key tokens, C hidden, V vocabulary, L labels
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     # Old GPT-2 files carry the causal mask as a buffer of each attention; the name is what the
     # loading rules make of it.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]
+    # Tells transformers how GPT-2's tensors become ours; the package sets it, code that was copied
+    # into a saved model does without.
+    register_rules: Callable[[], None] | None = None
 
     def __init__(self, config: ScratchGPTConfig) -> None:
         if config.model_type != "scratch_gpt":
@@ -93,6 +97,8 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
                     "and value in one matrix, which cannot be split over devices while it is read. "
                     "Load it in one process, call save_pretrained, and load what that wrote"
                 )
+        if cls.register_rules is not None:
+            cls.register_rules()
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.can_generate() and model.generation_config.pad_token_id is None:
@@ -298,11 +304,13 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         )
 
     def _chunks_loss(self) -> bool:
-        """Whether a loss is computed without all logits: in training, of a head that is whole."""
-        is_training = self.training and torch.is_grad_enabled()
+        """Whether a loss is computed without all logits: in training, of a head left as it is."""
+        if not (self.config.chunked_loss and self.training and torch.is_grad_enabled()):
+            return False
         head = self.lm_head
         is_whole = type(head) is Linear and type(head.weight) is nn.Parameter
-        return self.config.chunked_loss and is_training and is_whole
+        is_watched = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+        return is_whole and not is_watched and not hasattr(self, "_loss_function")
 
     def prepare_inputs_for_generation(
         self,

@@ -1,10 +1,12 @@
 """What is optimized for generation writes what the model wrote before."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import TextStreamer, set_seed
+import torch._inductor.config
+from transformers import DynamicCache, TextStreamer, set_seed
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
 
@@ -68,6 +70,34 @@ def test_each_model_has_its_own_step(models):
     assert write(copied, ids, do_sample=False).tolist() == (
         write(models[0], ids, do_sample=False).tolist()
     )
+
+
+def test_four_threads_at_once(models):
+    prompts = [random_ids(1, length) for length in (5, 6, 7, 8)]
+    expected = [write(models[0], ids, do_sample=False).tolist() for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        written = pool.map(lambda ids: write(models[1], ids, do_sample=False).tolist(), prompts)
+    assert list(written) == expected
+
+
+def test_in_other_modes():
+    model = random_model(ScratchGPTForCausalLM).eval()
+    ids = random_ids(1, 6)
+    expected = write(model, ids, do_sample=False).tolist()
+    fast = optimize_for_generation(copy.deepcopy(model))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        write(fast, ids, do_sample=False)
+    with torch.inference_mode():
+        assert write(fast, ids, do_sample=False).tolist() == expected
+    assert write(fast, ids, do_sample=False).tolist() == expected
+
+
+def test_a_cache_that_is_given_is_filled(models):
+    ids = random_ids(1, 6)
+    caches = [DynamicCache(config=model.config) for model in models]
+    for model, cache in zip(models, caches, strict=True):
+        write(model, ids, do_sample=False, past_key_values=cache)
+    assert caches[1].get_seq_length() == caches[0].get_seq_length() > 6
 
 
 def test_several_texts_with_padding(models):
@@ -163,6 +193,14 @@ def test_errors(models):
         optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int3")
     with pytest.raises(ValueError, match="'int4' needs a GPU; give 'int8'"):
         optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int4")
+
+
+def test_without_a_compiler():
+    with (
+        torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)),
+        pytest.raises(FileNotFoundError, match=r"install g\+\+"),
+    ):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
 
 
 def test_int8_keeps_the_probabilities(monkeypatch):

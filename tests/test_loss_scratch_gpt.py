@@ -57,6 +57,39 @@ def test_labels_that_are_shifted_already():
     assert torch.equal(chunked_causal_loss(hidden, weight, None, shift_labels=shifted), expected)
 
 
+def test_no_label_counts():
+    hidden = torch.randn(1, 5, 16, requires_grad=True)
+    weight = torch.randn(VOCABULARY, 16, requires_grad=True)
+    loss = chunked_causal_loss(hidden, weight, torch.full((1, 5), -100))
+    loss.backward()
+    assert loss.isnan()  # as torch's mean over nothing
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_keeps_its_digits(dtype):
+    hidden, weight = torch.randn(1, 2000, 16), torch.randn(VOCABULARY, 16) / 4
+    labels, grads = random_ids(1, 2000), []
+    for kind in (dtype, torch.float64):
+        leaf = weight.to(dtype).to(kind).requires_grad_()
+        states = hidden.to(dtype).to(kind)
+        loss = (
+            chunked_causal_loss(states, leaf, labels)
+            if kind is dtype
+            else ForCausalLMLoss(states @ leaf.T, labels, VOCABULARY)
+        )
+        loss.backward()
+        grads.append(leaf.grad.double())
+    assert (grads[0] - grads[1]).norm() / grads[1].norm() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (1, 9), (9,)])
+def test_labels_of_another_shape(shape):
+    with pytest.raises(ValueError, match="give one label for each"):
+        chunked_causal_loss(torch.randn(2, 9, 16), torch.randn(VOCABULARY, 16), random_ids(*shape))
+
+
 def models():
     """A model, and the same with a chunked loss, both without dropout."""
     pair = []
@@ -92,6 +125,18 @@ def test_logits_where_they_are_asked_for():
     with torch.no_grad():
         assert model(ids, labels=ids).logits.shape == (2, 8, VOCABULARY)
     assert model.eval()(ids, labels=ids).logits.shape == (2, 8, VOCABULARY)
+
+
+def test_what_is_set_on_the_model_still_counts():
+    ids = random_ids(2, 8)
+    _, model = models()
+    model.loss_function = lambda logits, **arguments: logits.sum() * 0 + 7
+    assert model(ids, labels=ids).loss == 7
+    _, model = models()
+    seen = []
+    model.lm_head.register_forward_hook(lambda *arguments: seen.append(1))
+    model(ids, labels=ids)
+    assert seen
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -33,7 +33,7 @@ def clone(tmp_path, monkeypatch):
 
 def test_python_blocks_run(openai_tiny, clone):
     assert convert([str(openai_tiny), "out/tiny"]) == 0
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
     names: dict[str, object] = {}
     for block in blocks("python"):
         exec(block, names)

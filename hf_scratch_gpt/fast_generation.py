@@ -140,8 +140,9 @@ class _FastGeneration(GenerationMixin):
         if is_ordinary and self._one_token is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._one_token = _OneToken(self)
-        # Another thread may be writing, or whoever is told the tokens asks for a text on its part.
-        if not is_ordinary or not self._one_token.lock.acquire(blocking=False):
+        one_token = self._one_token  # another thread may put its own there
+        # It may be in use by another thread, or by a text that is being written in this one.
+        if not is_ordinary or not one_token.lock.acquire(blocking=False):
             return super()._sample(
                 input_ids,
                 logits_processor,
@@ -153,7 +154,7 @@ class _FastGeneration(GenerationMixin):
             )
         try:
             logits = self(input_ids, past_key_values=cache, logits_to_keep=1).logits
-            self._one_token.begin(cache)
+            one_token.begin(cache)
             while True:
                 scores = logits_processor(input_ids, logits[:, -1].float())
                 if generation_config.do_sample:
@@ -165,9 +166,9 @@ class _FastGeneration(GenerationMixin):
                     streamer.put(token[0])
                 if stopping_criteria(input_ids, None).all():
                     break
-                logits = self._one_token.logits_after(token)
+                logits = one_token.logits_after(token)
         finally:
-            self._one_token.lock.release()
+            one_token.lock.release()
         if streamer is not None:
             streamer.end()
         return input_ids

@@ -55,7 +55,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             ratio = value["median"] / best_peer(values)
             is_ours = name.startswith("ours")
             axes.barh(place, ratio, color="tab:orange" if is_ours else "tab:gray")
-            text = f"{value['median']:.3g} {result['unit']}"
+            text = f"{value['median']:,.4g} {result['unit']}"
             axes.text(ratio + 0.03, place, text, va="center", fontsize=7)
             ticks.append(place)
             names.append(f"{title}: {name}")

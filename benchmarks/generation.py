@@ -94,9 +94,6 @@ def perplexity(folder: Path, device: str) -> dict[str, Any]:
     values = {"float32": exact}
     half = load(folder, "bfloat16", device)[1]
     values["bfloat16"] = math.exp(half(text, labels=text).loss)
-    try:
-        small = optimize_for_generation(ours, weights="int8")
-        values["int8"] = math.exp(small(text, labels=text).loss)
-    except ImportError:
-        pass
+    small = optimize_for_generation(ours, weights="int8")
+    values["int8"] = math.exp(small(text, labels=text).loss)
     return {"perplexity": values, "ratio": {name: value / exact for name, value in values.items()}}

@@ -79,7 +79,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Choose among those of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed writes the same texts.")] = 0,
     samples: Annotated[int, typer.Option(help="How many texts to write.")] = 1,
-    fast: Annotated[bool, typer.Option("--fast", help="Compile first, for long texts.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Compile first; write faster.")] = False,
     weights: Annotated[
         str | None, typer.Option(help="With --fast: keep weights as int8, int4 or fp8.")
     ] = None,

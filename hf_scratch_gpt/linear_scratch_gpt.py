@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -20,21 +21,26 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
-        is_right = input.shape[-1:] == self.weight.shape[-1:]  # torch has the better error
-        if input.is_cpu and is_right and is_plain_inference(input, self.weight):
-            if torch.compiler.is_compiling():
-                if is_one_token(input):
-                    return written_out(input, self.weight, self.bias)
-            elif _HAS_ONEDNN and input.dtype == torch.float32:
-                return by_onednn(input, self.weight, self.bias)
-        return super().forward(input)
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of `x` (..., C) and `weight` (D, C), (..., D), plus `bias`."""
+    is_right = x.shape[-1:] == weight.shape[-1:]  # torch has the better error
+    if x.is_cpu and is_right and is_plain_inference(x, weight):
+        if torch.compiler.is_compiling():
+            if is_one_token(x):
+                return written_out(x, weight, bias)
+        elif _HAS_ONEDNN and x.dtype == torch.float32:
+            return by_onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def is_plain_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether no gradient, no tracing, no other type of tensor and no cast is in the way."""
     return (
         not torch.is_grad_enabled()
-        and type(weight) is nn.Parameter
+        and type(weight) in (nn.Parameter, torch.Tensor)
         and x.dtype == weight.dtype
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()

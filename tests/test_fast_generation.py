@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch._inductor.config
+from peft import LoraConfig
 from transformers import DynamicCache, TextStreamer, set_seed
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
@@ -50,17 +50,14 @@ def test_the_same_ids(models, way):
     assert after.shape[1] > 7
 
 
-def test_other_prompts_compile_nothing_new(models):
-    _, fast = models
-    write(fast, random_ids(1, 5), do_sample=False)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in (1, 2, 9, 20):
-            ids = random_ids(1, length)
-            before, after = (write(model, ids, do_sample=False) for model in models)
-            assert after.tolist() == before.tolist()
+@pytest.mark.parametrize("length", [1, 2, 9, 20])
+def test_other_prompts(models, length):
+    ids = random_ids(1, length)
+    before, after = (write(model, ids, do_sample=False) for model in models)
+    assert after.tolist() == before.tolist()
 
 
-def test_each_model_has_its_own_step(models):
+def test_models_side_by_side(models):
     ids = random_ids(1, 6)
     write(models[1], ids, do_sample=False)
     other = random_model(ScratchGPTForCausalLM, num_hidden_layers=2, hidden_size=48).eval()
@@ -195,22 +192,71 @@ def test_errors(models):
         optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int4")
 
 
-def test_without_a_compiler():
-    with (
-        torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)),
-        pytest.raises(FileNotFoundError, match=r"install g\+\+"),
-    ):
-        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
-
-
-def test_int8_keeps_the_probabilities(monkeypatch):
-    pytest.importorskip("torchao")
+def test_int8_keeps_the_probabilities():
     model = random_model(ScratchGPTForCausalLM).eval()
     fast = optimize_for_generation(copy.deepcopy(model), weights="int8")
     ids = random_ids(1, 24)
     with torch.no_grad():
         before, after = (m(ids, labels=ids).loss for m in (model, fast))
-    assert abs(after - before) / before < 0.01
-    assert write(fast, ids[:, :6], do_sample=False).shape == (1, 18)
+    assert 0 < abs(after - before) / before < 0.01
+    for rows in (1, 3):
+        assert write(fast, random_ids(rows, 6), do_sample=False).shape == (rows, 18)
     with pytest.raises(ValueError, match="save the model before"):
         fast.save_pretrained("nowhere")
+
+
+def test_int8_weights_are_the_nearest():
+    model = random_model(ScratchGPTForCausalLM).eval()
+    exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimize_for_generation(model, weights="int8")
+    for name in ("model.layers.0.mlp.up_proj", "lm_head"):
+        layer = model.get_submodule(name)
+        difference = layer.weight * layer.weight_scale[:, None] - exact[f"{name}.weight"]
+        assert (difference.abs() <= layer.weight_scale[:, None] * 0.5001).all()
+        assert (layer.weight.abs().amax(1) == 127).all()
+    assert torch.equal(model.model.embed_tokens.weight, exact["model.embed_tokens.weight"])
+
+
+class Doubled(torch.nn.Module):
+    """A feed-forward that no C++ knows."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def double_by_hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def double_by_module(model):
+    model.model.layers[1].mlp = Doubled(model.model.layers[1].mlp)
+
+
+def double_by_method(model):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x, forward=mlp.forward: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change", [double_by_hook, double_by_module, double_by_method])
+def test_changed_models_go_the_ordinary_way(models, change):
+    changed, fast = (copy.deepcopy(model) for model in models)
+    ids = random_ids(1, 6)
+    change(changed)
+    expected = write(changed, ids, do_sample=False)
+    assert expected.tolist() != write(fast, ids, do_sample=False).tolist()
+    change(fast)
+    assert write(fast, ids, do_sample=False).tolist() == expected.tolist()
+
+
+def test_adapters():
+    model = random_model(ScratchGPTForCausalLM).eval()
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model.add_adapter(config)
+    ids = random_ids(1, 6)
+    expected = write(model.eval(), ids, do_sample=False)
+    fast = optimize_for_generation(model)
+    assert write(fast, ids, do_sample=False).tolist() == expected.tolist()

@@ -1,0 +1,221 @@
+// One token's way through a GPT, with the keys and values of the tokens before it at hand.
+//
+// To write a token, all weights are read once and used once, so this is as fast as memory is read.
+// One thread after the other is given rows of each matrix; sums are in float32. The mathematics is
+// that of `blocks_scratch_gpt.py`; `one_token.py` compiles this file and fills in the structures.
+//
+// C hidden, H heads, D head size, S tokens so far
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using BFloat16 = uint16_t;  // the upper half of a float's bits
+
+// y = W x + bias. The weight is (rows, columns); an int8 one is multiplied by each row's scale.
+struct Product {
+  const void* weight;
+  const float* scale;
+  const float* bias;
+  int64_t rows;
+  int64_t columns;
+};
+
+struct Norm {
+  const float* weight;
+  const float* bias;
+};
+
+struct Block {
+  Norm input_layernorm;
+  Product query, key, value, out;
+  Norm post_attention_layernorm;
+  Product up, down;
+  void* keys;    // (H, room, D)
+  void* values;  // (H, room, D)
+  float scaling;
+};
+
+struct Model {
+  const Block* blocks;
+  int64_t layers;
+  Norm norm;
+  Product head;
+  int64_t heads;
+  int64_t room;  // for so many tokens
+  float eps;
+  bool tanh;  // GELU's form
+};
+
+inline float wide(float number) { return number; }
+
+inline float wide(BFloat16 number) {
+  const uint32_t bits = uint32_t(number) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void put(float* place, float number) { *place = number; }
+
+inline void put(BFloat16* place, float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  *place = BFloat16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to the nearest, ties to even
+}
+
+template <typename T>
+float dot(const float* x, const T* y, int64_t count) {
+  float sum = 0;
+  for (int64_t i = 0; i < count; i++) sum += x[i] * wide(y[i]);
+  return sum;
+}
+
+// A vector to be multiplied by matrices of W.
+template <typename W>
+struct Input {
+  const float* x;
+
+  Input(const std::vector<float>& x) : x(x.data()) {}
+
+  float times(const Product& product, int64_t row) const {
+    return dot(x, static_cast<const W*>(product.weight) + row * product.columns, product.columns);
+  }
+};
+
+// Multiplied by int8, the vector becomes integers as well, as fine as a sum in 32 bits allows: 14
+// bits for 768 numbers, 12 for 3,072.
+template <>
+struct Input<int8_t> {
+  std::vector<int16_t> x;
+  float scale = 0;
+
+  Input(const std::vector<float>& exact) : x(exact.size()) {
+    float largest = 0;
+    for (float number : exact) largest = std::max(largest, std::fabs(number));
+    if (largest == 0) return;
+    const float limit = std::min(INT32_MAX / 127 / int64_t(x.size()), int64_t(INT16_MAX));
+    scale = largest / limit;
+    for (size_t i = 0; i < x.size(); i++) x[i] = int16_t(std::lrint(exact[i] / scale));
+  }
+
+  float times(const Product& product, int64_t row) const {
+    const int8_t* weight = static_cast<const int8_t*>(product.weight) + row * product.columns;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < product.columns; i++) sum += int32_t(x[i]) * int16_t(weight[i]);
+    return sum * scale * product.scale[row];
+  }
+};
+
+// Hand each row of W x + bias to `use`; each thread computes some, and waits for no other.
+template <typename W, typename Use>
+void multiply(const Product& product, const Input<W>& x, Use use) {
+#pragma omp for nowait
+  for (int64_t row = 0; row < product.rows; row++) {
+    use(row, x.times(product, row) + (product.bias ? product.bias[row] : 0));
+  }
+}
+
+void normalize(const std::vector<float>& x, const Norm& norm, float eps, std::vector<float>& y) {
+  const int64_t count = x.size();
+  float mean = 0, variance = 0;
+  for (int64_t i = 0; i < count; i++) mean += x[i] / count;
+  for (int64_t i = 0; i < count; i++) variance += (x[i] - mean) * (x[i] - mean) / count;
+  const float factor = 1 / std::sqrt(variance + eps);
+  for (int64_t i = 0; i < count; i++) y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
+}
+
+float gelu(float x, bool tanh) {
+  if (!tanh) return 0.5f * x * (1 + std::erf(x * 0.70710678f));
+  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), and u = sqrt(2 / pi) (x + 0.044715 x^3)
+  return x / (1 + std::exp(-1.5957691f * (x + 0.044715f * x * x * x)));
+}
+
+// One head: query (D) looks at keys and values (S, D).
+template <typename T>
+void attend(const float* query, const T* keys, const T* values, int64_t tokens, int64_t size,
+            float scaling, std::vector<float>& weights, float* gathered) {
+  for (int64_t s = 0; s < tokens; s++) weights[s] = dot(query, keys + s * size, size) * scaling;
+  const float largest = *std::max_element(weights.begin(), weights.begin() + tokens);
+  float sum = 0;
+  for (int64_t s = 0; s < tokens; s++) sum += weights[s] = std::exp(weights[s] - largest);
+  std::fill(gathered, gathered + size, 0.0f);
+  for (int64_t s = 0; s < tokens; s++) {
+    const float weight = weights[s] / sum;
+    for (int64_t d = 0; d < size; d++) gathered[d] += weight * wide(values[s * size + d]);
+  }
+}
+
+// Weights are of type W, keys and values of type T; `position` tokens have been read before.
+template <typename W, typename T>
+void step(const Model& model, int64_t position, const float* embedded, float* logits, int threads) {
+  const int64_t hidden_size = model.head.columns, size = hidden_size / model.heads;
+  std::vector<float> hidden(embedded, embedded + hidden_size);
+  std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.blocks->up.rows);
+
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> normalized(hidden_size), weights(position + 1);  // each thread's own
+    for (const Block* block = model.blocks; block < model.blocks + model.layers; block++) {
+      T* keys = static_cast<T*>(block->keys);
+      T* values = static_cast<T*>(block->values);
+      // Where row `row` of this token's key or value lies.
+      const auto place = [&](int64_t row) {
+        return (row / size * model.room + position) * size + row % size;
+      };
+
+      normalize(hidden, block->input_layernorm, model.eps, normalized);
+      const Input<W> x(normalized);
+      multiply(block->query, x, [&](int64_t row, float y) { query[row] = y; });
+      multiply(block->key, x, [&](int64_t row, float y) { put(keys + place(row), y); });
+      multiply(block->value, x, [&](int64_t row, float y) { put(values + place(row), y); });
+#pragma omp barrier
+#pragma omp for
+      for (int64_t head = 0; head < model.heads; head++) {
+        const int64_t start = head * model.room * size;
+        attend(&query[head * size], keys + start, values + start, position + 1, size,
+               block->scaling, weights, &gathered[head * size]);
+      }
+      multiply(block->out, Input<W>(gathered), [&](int64_t row, float y) { hidden[row] += y; });
+#pragma omp barrier
+
+      normalize(hidden, block->post_attention_layernorm, model.eps, normalized);
+      multiply(block->up, Input<W>(normalized),
+               [&](int64_t row, float y) { inner[row] = gelu(y, model.tanh); });
+#pragma omp barrier
+      multiply(block->down, Input<W>(inner), [&](int64_t row, float y) { hidden[row] += y; });
+#pragma omp barrier
+    }
+    normalize(hidden, model.norm, model.eps, normalized);
+    multiply(model.head, Input<W>(normalized), [&](int64_t row, float y) { logits[row] = y; });
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void step_float32(const Model* model, int64_t position, const float* embedded, float* logits,
+                  int threads) {
+  step<float, float>(*model, position, embedded, logits, threads);
+}
+
+void step_bfloat16(const Model* model, int64_t position, const float* embedded, float* logits,
+                   int threads) {
+  step<BFloat16, BFloat16>(*model, position, embedded, logits, threads);
+}
+
+void step_int8_float32(const Model* model, int64_t position, const float* embedded, float* logits,
+                       int threads) {
+  step<int8_t, float>(*model, position, embedded, logits, threads);
+}
+
+void step_int8_bfloat16(const Model* model, int64_t position, const float* embedded,
+                        float* logits, int threads) {
+  step<int8_t, BFloat16>(*model, position, embedded, logits, threads);
+}
+}

@@ -1,0 +1,253 @@
+"""One token at a time on a CPU, by C++ that is compiled for the machine: `one_token.cpp`."""
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from .positions_scratch_gpt import raise_past_limit
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_COMPILERS = ("g++", "clang++", "c++")
+# The last three let a sum be taken in any order, so that several numbers are added at once.
+_FLAGS = (
+    "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno "
+    "-fassociative-math -fno-signed-zeros -fno-trapping-math"
+)
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# The modules whose mathematics the C++ knows. By name, as a model's own folder may have brought
+# its own copies of these files.
+_KNOWN = {
+    "modeling_scratch_gpt.ScratchGPTModel",
+    "blocks_scratch_gpt.TransformerBlock",
+    "blocks_scratch_gpt.MultiHeadAttention",
+    "blocks_scratch_gpt.FeedForward",
+    "blocks_scratch_gpt.LayerNorm",
+    "blocks_scratch_gpt.GELU",
+    "linear_scratch_gpt.Linear",
+    "fast_linear.PackedLinear",
+    "fast_linear.Int8Linear",
+    "linear.Linear",
+    "sparse.Embedding",
+    "dropout.Dropout",
+    "container.ModuleList",
+}
+
+
+@functools.cache
+def compiled() -> ctypes.CDLL:
+    """Compile `one_token.cpp`, which takes a second or two, and load it; once in a process.
+
+    Raises:
+        FileNotFoundError: there is no C++ compiler.
+        RuntimeError: the compiler does not compile it, or the result cannot be loaded.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, _COMPILERS))[:1]
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(
+            f"no C++ compiler is there ({', '.join(compiler or _COMPILERS)}) to compile a step of "
+            "generation with; install g++, or name a compiler in the environment variable CXX"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "one_token.so"
+        command = [*compiler, *_FLAGS.split(), str(_SOURCE), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(
+                f"{shlex.join(command)} failed; name another compiler in the environment variable "
+                f"CXX, such as g++. It said:\n{done.stderr}"
+            )
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError as error:
+            raise RuntimeError(
+                f"{error}; if programs may not be run from there, name another folder in TMPDIR"
+            ) from error
+
+
+def can_compute(model: Any) -> bool:
+    """Whether the C++ gives what `model`, a language model of ours, would give.
+
+    Not so if a part is another than ours, has a hook, is in training mode, not on a CPU or in
+    another data type than float32 and bfloat16.
+    """
+    parts = list(model.modules())
+    matrices = [part.weight for part in parts if isinstance(part, nn.Linear)]
+    return (
+        all(part is model or _name(type(part)) in _KNOWN for part in parts)
+        and not any(part.training or _is_changed(part) for part in parts)
+        and all(parameter.is_cpu for parameter in model.parameters())
+        and all(matrix.is_contiguous() for matrix in matrices)
+        and {matrix.dtype for matrix in matrices} in ({model.dtype}, {torch.int8})
+        and model.dtype in _DTYPES
+        and model.config._attn_implementation in ("eager", "sdpa")
+    )
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+
+
+def _is_changed(part: nn.Module) -> bool:
+    """Whether hooks or a `forward` of its own change what `part` gives."""
+    hooks = (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+    # transformers leaves hooks behind that look for hidden states, if they were ever asked for.
+    watchers = "transformers.utils.output_capturing"
+    return "forward" in vars(part) or any(hook.__module__ != watchers for hook in hooks)
+
+
+class Memory:
+    """Keys and values of one text, for as many tokens as a model has positions."""
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        size = (config.num_attention_heads, config.max_position_embeddings, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        with torch.inference_mode(False):  # else it could be written to in that mode alone
+            self.keys = [torch.empty(size, dtype=dtype) for _ in layers]
+            self.values = [torch.empty(size, dtype=dtype) for _ in layers]
+
+
+# The structures of the C++, in its order.
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        ("input_layernorm", _Norm),
+        ("query", _Product),
+        ("key", _Product),
+        ("value", _Product),
+        ("out", _Product),
+        ("post_attention_layernorm", _Norm),
+        ("up", _Product),
+        ("down", _Product),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("blocks", ctypes.POINTER(_Block)),
+        ("layers", ctypes.c_int64),
+        ("norm", _Norm),
+        ("head", _Product),
+        ("heads", ctypes.c_int64),
+        ("room", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("tanh", ctypes.c_bool),
+    )
+
+
+class OneToken:
+    """Reads the tokens of one text, after its prompt, one at a time.
+
+    Args:
+        model: one that `can_compute` is true of, and that nothing changes meanwhile.
+        memory: keys and values; nobody else may use it meanwhile.
+        prompt: what the model has made of the tokens before.
+    """
+
+    def __init__(self, model: Any, memory: Memory, prompt: DynamicCache) -> None:
+        self._length = prompt.get_seq_length()
+        for keys, values, read in zip(memory.keys, memory.values, prompt.layers, strict=True):
+            keys[:, : self._length] = read.keys[0]
+            values[:, : self._length] = read.values[0]
+
+        self._model = model
+        self._held: list[Any] = [memory]  # what the structures point to
+        blocks = [
+            self._block(block, memory.keys[layer], memory.values[layer])
+            for layer, block in enumerate(model.model.layers)
+        ]
+        self._structure = _Model(
+            blocks=(_Block * len(blocks))(*blocks),
+            layers=len(blocks),
+            norm=self._norm(model.model.norm),
+            head=self._product(model.lm_head),
+            heads=model.config.num_attention_heads,
+            room=model.config.max_position_embeddings,
+            eps=model.config.layer_norm_eps,
+            tanh=model.model.layers[0].mlp.activation.form == "tanh",
+        )
+        weights = "int8_" if model.lm_head.weight.dtype == torch.int8 else ""
+        self._step = compiled()[f"step_{weights}{_DTYPES[model.dtype]}"]
+        self._step.restype = None
+
+    def logits_after(self, token: torch.Tensor) -> torch.Tensor:
+        """Read `token` (1, 1); return the scores of the next one, (1, 1, V), in float32."""
+        limit = self._model.config.max_position_embeddings
+        if self._length >= limit:
+            raise_past_limit(self._length + 1, limit)
+        model = self._model.model
+        position = torch.tensor([[self._length]])
+        embedded = (model.embed_tokens(token) + model.embed_positions(position)).float()
+        logits = torch.empty(1, 1, self._structure.head.rows)
+        self._step(
+            ctypes.byref(self._structure),
+            ctypes.c_int64(self._length),
+            ctypes.c_void_p(embedded.data_ptr()),
+            ctypes.c_void_p(logits.data_ptr()),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+        self._length += 1
+        return logits
+
+    def _block(self, block: Any, keys: torch.Tensor, values: torch.Tensor) -> _Block:
+        attention, mlp = block.self_attn, block.mlp
+        return _Block(
+            input_layernorm=self._norm(block.input_layernorm),
+            query=self._product(attention.q_proj),
+            key=self._product(attention.k_proj),
+            value=self._product(attention.v_proj),
+            out=self._product(attention.o_proj),
+            post_attention_layernorm=self._norm(block.post_attention_layernorm),
+            up=self._product(mlp.up_proj),
+            down=self._product(mlp.down_proj),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            scaling=attention.scaling,
+        )
+
+    def _norm(self, norm: Any) -> _Norm:
+        return _Norm(weight=self._vector(norm.weight), bias=self._vector(norm.bias))
+
+    def _product(self, linear: Any) -> _Product:
+        weight = linear.weight.detach()
+        self._held.append(weight)
+        is_int8 = weight.dtype == torch.int8
+        return _Product(
+            weight=weight.data_ptr(),
+            scale=self._vector(linear.weight_scale) if is_int8 else None,
+            bias=None if linear.bias is None else self._vector(linear.bias),
+            rows=weight.shape[0],
+            columns=weight.shape[1],
+        )
+
+    def _vector(self, numbers: torch.Tensor) -> int:
+        """Address of `numbers` in float32."""
+        self._held.append(numbers.detach().float())
+        return self._held[-1].data_ptr()

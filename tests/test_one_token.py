@@ -1,0 +1,151 @@
+"""The step in C++ gives what the model gives."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
+from hf_scratch_gpt.one_token import Memory, OneToken, can_compute, compiled
+
+from .models import random_ids, random_model
+
+READ = 5
+
+
+@torch.no_grad()
+def logits_by_steps(model, ids):
+    """Scores after each of `ids` (1, T) but the first few, which are read at once."""
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :READ], past_key_values=cache)
+    step = OneToken(model, Memory(model.config, model.dtype), cache)
+    return torch.cat([step.logits_after(token[None, None]) for token in ids[0, READ:]], dim=1)
+
+
+def make(dtype=torch.float32, **changes):
+    model = random_model(ScratchGPTForCausalLM, **changes).eval().to(dtype)
+    assert can_compute(model)
+    return model
+
+
+CONFIGS = {
+    "as it is": {},
+    "exact GELU": dict(hidden_act="gelu"),
+    "no bias of query, key, value": dict(qkv_bias=False),
+    "unscaled": dict(scale_attn_weights=False),
+    "scaled by layer": dict(scale_attn_by_inverse_layer_idx=True),
+    "a head of its own": dict(tie_word_embeddings=False),
+    "another epsilon": dict(layer_norm_eps=0.1),
+    "narrow": dict(intermediate_size=7),
+    "one head": dict(num_attention_heads=1),
+    "eager": dict(attn_implementation="eager"),
+    "blocks written out": dict(fused_kernels=False),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_logits(name):
+    model, ids = make(**CONFIGS[name]), random_ids(1, 24)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    own = logits_by_steps(model, ids)
+    assert own.dtype == torch.float32
+    torch.testing.assert_close(own.double(), exact, atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_bfloat16_is_nearer_than_the_model():
+    """Only keys, values and weights are rounded, not what is between."""
+    model, ids = make(torch.bfloat16), random_ids(1, 24)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    errors = [
+        (logits - exact).abs().mean()
+        for logits in (logits_by_steps(model, ids), model(ids).logits[:, READ:])
+    ]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_int8(dtype):
+    model, ids = make(dtype), random_ids(1, 24)
+    optimize_for_generation(model, weights="int8")
+    assert can_compute(model)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    atol = 2e-3 if dtype == torch.float32 else 2e-2  # vectors have 12 to 15 bits
+    torch.testing.assert_close(logits_by_steps(model, ids).double(), exact, atol=atol, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_int8_of_a_vector_of_zeros():
+    model, ids = make(), random_ids(1, 8)
+    model.model.norm.weight.zero_()
+    model.model.norm.bias.zero_()
+    optimize_for_generation(model, weights="int8")
+    assert (logits_by_steps(model, ids) == 0).all()
+
+
+@torch.no_grad()
+def test_any_number_of_threads_gives_the_same():
+    model, ids = make(), random_ids(1, 12)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(logits_by_steps(model, ids))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[1], results[0])  # each row is one thread's
+    assert torch.equal(results[2], results[0])
+
+
+def test_what_it_cannot_compute():
+    assert not can_compute(make().train())
+    assert not can_compute(make().half())
+    assert not can_compute(make().double())
+    assert not can_compute(random_model(ScratchGPTForCausalLM, hidden_act="relu").eval())
+    mixed = make(tie_word_embeddings=False)
+    mixed.lm_head.to(torch.bfloat16)
+    assert not can_compute(mixed)
+    dropping = make()
+    dropping.model.dropout.train()
+    assert not can_compute(dropping)
+    hooked = make()
+    hooked.model.norm.register_forward_hook(lambda module, args, output: output)
+    assert not can_compute(hooked)
+
+
+@torch.no_grad()
+def test_hidden_states_that_were_asked_for_once_do_no_harm():
+    model = make()
+    model(random_ids(1, 4), output_hidden_states=True)
+    assert can_compute(model)
+
+
+@pytest.fixture
+def fresh():
+    compiled.cache_clear()
+    yield
+    compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(FileNotFoundError, match=r"\(no-such-compiler\).* install g\+\+"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match=r"\(g\+\+, clang\+\+, c\+\+\)"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
+
+
+@pytest.mark.usefixtures("fresh")
+def test_with_a_compiler_that_fails(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ --no-such-option")
+    model = random_model(ScratchGPTForCausalLM).eval()
+    with pytest.raises(RuntimeError, match=r"no-such-option.*failed; name another"):
+        optimize_for_generation(model)
+    assert type(model) is ScratchGPTForCausalLM  # and left as it was

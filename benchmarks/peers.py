@@ -43,7 +43,6 @@ def by_generate(model: PreTrainedModel, **arguments: object) -> Write:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
-            min_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
             **arguments,
@@ -66,6 +65,8 @@ def load(folder: Path, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
         model_class.from_pretrained(folder, dtype=DTYPES[dtype]).eval().to(device)
         for model_class in classes
     )
+    for model in (theirs, ours):
+        model.generation_config.eos_token_id = None  # all write as much as they are asked for
     return theirs, ours
 
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .fast_linear import Int8Linear, PackedLinear
-from .one_token import Memory, OneToken, can_compute, compiled
+from .fast_blocks import ATTENTION, Int8Linear, PackedFeedForward, PackedLinear
+from .one_token import Memory, OneToken, can_compute, compiled, name_of
 
 # Formats of weights, and what torchao calls them.
 FORMATS = {
@@ -69,7 +69,7 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         if weights not in (None, "int8"):
             raise ValueError(f"weights={weights!r} needs a GPU; give 'int8' on a CPU")
         compiled()
-        _replace_linear_layers(model, weights)
+        _replace_blocks(model, weights)
     else:
         if weights is not None:
             _quantize(model, weights)
@@ -85,8 +85,8 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
     return model
 
 
-def _replace_linear_layers(model: PreTrainedModel, weights: str | None) -> None:
-    """Give the linear layers in `model` int8 weights, or else packed ones."""
+def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
+    """Give the linear layers in `model` int8 weights, or else packed ones, and what goes along."""
     packable = []
     if torch.backends.mkldnn.is_available():
         packable.append(torch.float32)
@@ -98,6 +98,13 @@ def _replace_linear_layers(model: PreTrainedModel, weights: str | None) -> None:
                 Int8Linear.take_over(module)
             elif module.weight.dtype in packable:
                 PackedLinear.take_over(module)
+        elif (
+            name_of(type(module)) == "blocks_scratch_gpt.FeedForward"
+            and name_of(type(module.activation)) == "blocks_scratch_gpt.GELU"
+        ):
+            PackedFeedForward.take_over(module)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)
 
 
 def _quantize(model: PreTrainedModel, weights: str) -> None:

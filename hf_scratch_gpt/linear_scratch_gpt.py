@@ -72,6 +72,12 @@ def written_out(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of `x` (..., C) and `weight` (D, C), which may be packed, by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def by_onednn(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None
+) -> torch.Tensor:
+    """The product of `x` (..., C) and `weight` (D, C), which may be packed, by oneDNN.
+
+    `gelu` is a form of GELU, "tanh" or "none", to be applied to it.
+    """
+    after, form = ("none", "") if gelu is None else ("gelu", gelu)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], form)

@@ -34,8 +34,9 @@ _KNOWN = {
     "blocks_scratch_gpt.LayerNorm",
     "blocks_scratch_gpt.GELU",
     "linear_scratch_gpt.Linear",
-    "fast_linear.PackedLinear",
-    "fast_linear.Int8Linear",
+    "fast_blocks.PackedFeedForward",
+    "fast_blocks.PackedLinear",
+    "fast_blocks.Int8Linear",
     "linear.Linear",
     "sparse.Embedding",
     "dropout.Dropout",
@@ -83,21 +84,22 @@ def can_compute(model: Any) -> bool:
     parts = list(model.modules())
     matrices = [part.weight for part in parts if isinstance(part, nn.Linear)]
     return (
-        all(part is model or _name(type(part)) in _KNOWN for part in parts)
-        and not any(part.training or _is_changed(part) for part in parts)
+        all(part is model or name_of(type(part)) in _KNOWN for part in parts)
+        and not any(part.training or is_changed(part) for part in parts)
         and all(parameter.is_cpu for parameter in model.parameters())
         and all(matrix.is_contiguous() for matrix in matrices)
         and {matrix.dtype for matrix in matrices} in ({model.dtype}, {torch.int8})
         and model.dtype in _DTYPES
-        and model.config._attn_implementation in ("eager", "sdpa")
+        and model.config._attn_implementation in ("eager", "sdpa", "prompt_or_sdpa")
     )
 
 
-def _name(kind: type) -> str:
+def name_of(kind: type) -> str:
+    """File and class, without the package."""
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
 
 
-def _is_changed(part: nn.Module) -> bool:
+def is_changed(part: nn.Module) -> bool:
     """Whether hooks or a `forward` of its own change what `part` gives."""
     hooks = (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
     # transformers leaves hooks behind that look for hidden states, if they were ever asked for.

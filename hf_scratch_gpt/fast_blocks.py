@@ -1,9 +1,10 @@
 """Parts of a model that only generates, on a CPU.
 
-Weights are packed or in eight bits, GELU is computed where a product leaves its numbers, and long
-prompts have an attention of their own.
+Weights are packed or in eight bits, GELU is computed where a product leaves its numbers, and
+attention in bfloat16 has a way of its own.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -16,10 +17,9 @@ from .blocks_scratch_gpt import FeedForward
 from .linear_scratch_gpt import by_onednn, is_one_token, is_plain_inference, linear, written_out
 from .one_token import is_changed
 
-ATTENTION = "prompt_or_sdpa"  # its name in transformers
+ATTENTION = "bands_or_sdpa"  # its name in transformers
 _PIECE = 2**22  # numbers that are turned back from int8 at a time
 _SCORES = 3 * 2**19  # scores at a time: they stay in a core's cache
-_LONG = 256  # tokens of a prompt from which on they are worth it
 
 
 class PackedLinear(nn.Linear):
@@ -98,7 +98,7 @@ class Int8Linear(nn.Linear):
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
-def _prompt_or_sdpa(
+def _bands_or_sdpa(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -108,46 +108,55 @@ def _prompt_or_sdpa(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention as torch's kernel computes it; of a long prompt in bfloat16, in bands of queries.
+    """Attention as torch's kernel computes it; in bfloat16, in bands of queries.
 
-    torch's kernel multiplies slowly in bfloat16 where a CPU has no matrix unit; oneDNN's products
-    of 100 queries and all keys before them take half the time. Shapes are those of
-    `masked_attention`.
+    torch's kernel multiplies slowly in bfloat16 where a CPU has no matrix unit. oneDNN's products,
+    of a hundred queries and all keys before them, take half the time or less. Shapes are those of
+    `masked_attention`; a mask is of truth values, (B, 1, T, S).
     """
     batch, heads, tokens, size = query.shape
+    has_mask = attention_mask is not None
     if (
         query.dtype != torch.bfloat16
         or not query.is_cpu
-        or attention_mask is not None
-        or not _LONG <= tokens == key.shape[2]
+        or (attention_mask is not None and attention_mask.dtype != torch.bool)
+        or not (has_mask or tokens in (1, key.shape[2]))
         or dropout
-        or kwargs.get("is_causal") is False
+        or kwargs.get("is_causal") is not None
         or torch.compiler.is_compiling()
         or not is_plain_inference(query, key)
     ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-    query = (query * scaling).reshape(-1, tokens, size)
-    keys = key.reshape(-1, tokens, size).transpose(1, 2)
-    values = value.reshape(-1, tokens, size)
-    gathered = torch.empty_like(values)
-    band = max(16, _SCORES // (len(query) * tokens))
-    scores = query.new_empty(len(query) * band * tokens)
+    queries = (query * scaling).reshape(-1, tokens, size)  # (B x H, T, D)
+    keys = key.reshape(len(queries), -1, size).transpose(1, 2)
+    values = value.reshape(len(queries), -1, size)
+    gathered = torch.empty_like(queries)
+    band = min(tokens, max(16, _SCORES // (len(queries) * keys.shape[2])))
+    scores = query.new_empty(len(queries) * band * keys.shape[2])
     weights = torch.empty_like(scores)
     is_future = torch.ones(band, band, dtype=torch.bool).triu(1)
     for start in range(0, tokens, band):
         end = min(start + band, tokens)
-        shape = (len(query), end - start, end)
-        room = len(query) * (end - start) * end
-        band_scores, band_weights = scores[:room].view(shape), weights[:room].view(shape)
-        torch.bmm(query[:, start:end], keys[:, :, :end], out=band_scores)
-        band_scores[:, :, start:].masked_fill_(is_future[: end - start, : end - start], -torch.inf)
-        torch.softmax(band_scores, dim=-1, out=band_weights)
-        gathered[:, start:end] = torch.bmm(band_weights, values[:, :end])
+        seen = keys.shape[2] if has_mask or tokens == 1 else end
+        shape = (len(queries), end - start, seen)
+        own_scores, own_weights = (x[: math.prod(shape)].view(shape) for x in (scores, weights))
+        torch.bmm(queries[:, start:end], keys[:, :, :seen], out=own_scores)
+        if attention_mask is not None:
+            is_seen = attention_mask[:, :, start:end, :seen]
+            # Not minus infinity: a row in which everything is masked would become NaN.
+            own_scores.view(batch, heads, *shape[1:]).masked_fill_(
+                ~is_seen, torch.finfo(scores.dtype).min
+            )
+        elif tokens > 1:
+            here = end - start
+            own_scores[:, :, start:].masked_fill_(is_future[:here, :here], -torch.inf)
+        torch.softmax(own_scores, dim=-1, out=own_weights)
+        gathered[:, start:end] = torch.bmm(own_weights, values[:, :seen])
     joined = gathered.view(batch, heads, tokens, size).transpose(1, 2)
     return joined.contiguous(), None  # (B, T, H, D)
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _prompt_or_sdpa)
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _bands_or_sdpa)
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)

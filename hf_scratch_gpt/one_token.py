@@ -90,7 +90,7 @@ def can_compute(model: Any) -> bool:
         and all(matrix.is_contiguous() for matrix in matrices)
         and {matrix.dtype for matrix in matrices} in ({model.dtype}, {torch.int8})
         and model.dtype in _DTYPES
-        and model.config._attn_implementation in ("eager", "sdpa", "prompt_or_sdpa")
+        and model.config._attn_implementation in ("eager", "sdpa", "bands_or_sdpa")
     )
 
 

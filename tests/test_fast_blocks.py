@@ -1,0 +1,113 @@
+"""The parts of a model that only generates give what the parts they replace give."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_scratch_gpt import (
+    FeedForward,
+    ScratchGPTConfig,
+    ScratchGPTForCausalLM,
+    optimize_for_generation,
+)
+from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
+from hf_scratch_gpt.fast_blocks import ATTENTION, Int8Linear, PackedFeedForward, PackedLinear
+
+from .models import random_ids, random_model
+
+MODULE = SimpleNamespace(is_causal=True, training=False, num_key_value_groups=1)
+
+
+def attend(query, key, value, mask=None):
+    attention = ALL_ATTENTION_FUNCTIONS[ATTENTION]
+    return attention(MODULE, query, key, value, mask, scaling=0.3)[0]
+
+
+def in_float64(query, key, value, mask=None):
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e300)
+    query, key, value = (x.double() for x in (query, key, value))
+    return masked_attention(MODULE, query, key, value, mask, scaling=0.3)[0]
+
+
+def random_heads(tokens, keys, batch=2):
+    lengths = (tokens, keys, keys)
+    return [torch.randn(batch, length, 3, 8).bfloat16().transpose(1, 2) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys"), [(1, 1), (1, 40), (7, 7), (300, 300), (1000, 1000)], ids=str
+)
+@torch.no_grad()
+def test_attention(tokens, keys, monkeypatch):
+    # So few scores at a time that 1,000 tokens take several bands, the last one narrower.
+    monkeypatch.setattr("hf_scratch_gpt.fast_blocks._SCORES", 2**19)
+    heads = random_heads(tokens, keys)
+    own = attend(*heads)
+    assert own.dtype == torch.bfloat16
+    assert own.is_contiguous()
+    torch.testing.assert_close(own.double(), in_float64(*heads), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+@torch.no_grad()
+def test_attention_with_a_mask(tokens):
+    heads = random_heads(tokens, 9)
+    mask = torch.ones(2, 1, tokens, 9, dtype=torch.bool).tril(9 - tokens)
+    mask[0, :, :, :3] = False  # padding; some of its rows see nothing at all
+    own, exact = attend(*heads, mask), in_float64(*heads, mask)
+    assert own.isfinite().all()
+    is_real = mask[:, 0].any(-1)
+    torch.testing.assert_close(own.double()[is_real], exact[is_real], atol=0.03, rtol=0.03)
+
+
+def test_gradients_go_through_torchs_kernel():
+    heads = [x.requires_grad_() for x in random_heads(6, 6)]
+    attend(*heads).sum().backward()
+    assert all(x.grad is not None for x in heads)
+
+
+@pytest.mark.parametrize("form", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_packed_feed_forward(dtype, form):
+    config = ScratchGPTConfig(n_embd=48, n_head=4, activation_function=form)
+    mlp = FeedForward(config).eval().to(dtype)
+    x = torch.randn(2, 5, 48, dtype=dtype)
+    exact = copy.deepcopy(mlp).double()(x.double())
+    PackedLinear.take_over(mlp.up_proj)
+    PackedLinear.take_over(mlp.down_proj)
+    PackedFeedForward.take_over(mlp)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(mlp(x).double(), exact, atol=tolerance, rtol=tolerance)
+    mlp.activation.register_forward_hook(lambda module, args, output: 0 * output)
+    assert torch.equal(mlp(x), mlp.down_proj(torch.zeros(2, 5, 192, dtype=dtype)))
+
+
+@torch.no_grad()
+def test_int8_linear_in_pieces(monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.fast_blocks._PIECE", 1000)
+    layer = torch.nn.Linear(48, 100)
+    layer.weight[7] = 0
+    exact = copy.deepcopy(layer)
+    Int8Linear.take_over(layer)
+    assert layer.weight.dtype == torch.int8
+    rebuilt = layer.weight * layer.weight_scale[:, None]
+    assert ((rebuilt - exact.weight).abs() <= 0.5001 * layer.weight_scale[:, None]).all()
+    x = torch.randn(2, 3, 48)
+    torch.testing.assert_close(layer(x), x @ rebuilt.T + layer.bias)
+
+
+@torch.no_grad()
+def test_padded_texts_in_bfloat16():
+    model = random_model(ScratchGPTForCausalLM).eval().to(torch.bfloat16)
+    ids = random_ids(3, 10)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    exact = copy.deepcopy(model).float()(ids, attention_mask=mask).logits
+    fast = optimize_for_generation(model)(ids, attention_mask=mask).logits
+    is_real = mask.bool()
+    assert (fast - exact)[is_real].abs().max() < 0.03 * exact.std()

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _PIECE = 2**24  # logits at a time, of four bytes
+_WORDS = 2**12  # rows of the weight whose gradients are summed at a time
 
 
 def chunked_causal_loss(
@@ -69,14 +70,19 @@ class _SumOfLosses(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         grad_hidden = torch.empty_like(hidden)
-        # In half precision a sum of many pieces would lose digits, and before it is divided by the
-        # number of tokens it may be too large.
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float))
+        # In half precision a sum of many pieces would lose digits.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         size = max(1, _PIECE // len(weight))
+        # All pieces in the same memory: fresh memory is slow, and may not be given back.
+        products = hidden.new_empty(min(size, len(hidden)), len(weight))
+        logits = products if products.dtype == torch.float32 else products.float()
         pieces = zip(hidden.split(size), labels.split(size), grad_hidden.split(size), strict=True)
         for rows, label, grad_rows in pieces:
-            logits = (rows @ weight.T).float()  # (n, V)
+            products, logits = products[: len(rows)], logits[: len(rows)]  # (n, V)
+            torch.mm(rows, weight.T, out=products)
+            logits.copy_(products)
             logits -= logits.amax(-1, keepdim=True)
             of_label = logits.gather(1, label[:, None])
             softmax = logits.exp_()
@@ -84,12 +90,16 @@ class _SumOfLosses(torch.autograd.Function):
             total += (sums.log() - of_label).sum()
             softmax /= sums
             softmax.scatter_add_(1, label[:, None], torch.full_like(of_label, -1.0))
-            grad_logits = softmax.to(rows.dtype)
+            grad_logits = products.copy_(softmax)
             torch.mm(grad_logits, weight, out=grad_rows)
-            if grad_weight.dtype == rows.dtype:
+            if weight.dtype == wide:
                 grad_weight.addmm_(grad_logits.T, rows)
-            else:
-                grad_weight += grad_logits.T @ rows
+            else:  # a few words at a time, since the sum makes a copy in float32
+                words = zip(grad_logits.T.split(_WORDS), grad_weight.split(_WORDS), strict=True)
+                for grad_words, of_words in words:
+                    of_words += grad_words @ rows
+        if weight.dtype == torch.bfloat16:  # in float16, before it is divided, it may be too large
+            grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 

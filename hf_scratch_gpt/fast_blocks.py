@@ -14,11 +14,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks_scratch_gpt import FeedForward
-from .linear_scratch_gpt import by_onednn, is_one_token, is_plain_inference, linear, written_out
+from .linear_scratch_gpt import by_onednn, is_plain_inference, linear
 from .one_token import is_changed
 
 ATTENTION = "bands_or_sdpa"  # its name in transformers
 _PIECE = 2**22  # numbers that are turned back from int8 at a time
+_OF_SDPA = ("is_causal", "position_bias", "cache", "softcap")  # what it alone can do
 _SCORES = 3 * 2**19  # scores at a time: they stay in a core's cache
 
 
@@ -30,26 +31,39 @@ class PackedLinear(nn.Linear):
     @classmethod
     def take_over(cls, layer: nn.Linear) -> None:
         """Make `layer` one of these."""
+        packed = _Packed(layer.weight.detach())
         layer.__class__ = cls
-        layer.packed = _Packed(layer.weight.detach())  # type: ignore[assignment]
+        layer.packed = packed  # type: ignore[assignment]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if is_plain_inference(input, self.weight):
-            if not torch.compiler.is_compiling():
-                return by_onednn(input, self.packed.weight, self.bias)
-            if is_one_token(input):
-                return written_out(input, self.weight, self.bias)
-        return super().forward(input)
+        if self.is_packed_for(input):
+            return by_onednn(input, self.packed.weight, self.bias)
+        return linear(input, self.weight, self.bias)
+
+    def is_packed_for(self, input: torch.Tensor) -> bool:
+        """Whether the copy can be used: not if the weight has changed, or a gradient is wanted."""
+        return (
+            not torch.compiler.is_compiling()
+            and is_plain_inference(input, self.weight)
+            and self.packed.state == _state(self.weight)
+        )
 
 
 class _Packed:
     """A weight in oneDNN's order, which torch cannot copy; copies of a layer share it."""
 
     def __init__(self, weight: torch.Tensor) -> None:
+        self.state = _state(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "_Packed":
         return self
+
+
+def _state(weight: torch.Tensor) -> tuple[object, ...]:
+    """Changes when `weight` does, unless by way of `weight.data`."""
+    version = None if weight.is_inference() else weight._version
+    return version, weight.dtype, weight.shape
 
 
 class PackedFeedForward(FeedForward):
@@ -62,9 +76,8 @@ class PackedFeedForward(FeedForward):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         up: Any = self.up_proj
-        is_packed = type(up) is PackedLinear and is_plain_inference(hidden_states, up.weight)
         is_watched = is_changed(up) or is_changed(self.activation)
-        if not is_packed or is_watched or torch.compiler.is_compiling():
+        if type(up) is not PackedLinear or is_watched or not up.is_packed_for(hidden_states):
             return super().forward(hidden_states)
         inner = by_onednn(hidden_states, up.packed.weight, up.bias, gelu=self.activation.form)
         return self.dropout(self.down_proj(inner))
@@ -88,14 +101,20 @@ class Int8Linear(nn.Linear):
         pieces = zip(weight.split(rows), scale.split(rows), strict=True)
         quantized = torch.cat([(w / s[:, None]).round().to(torch.int8) for w, s in pieces])
         layer.__class__ = cls
-        layer.weight = nn.Parameter(quantized, requires_grad=False)
+        layer.weight = nn.Parameter(quantized, requires_grad=False)  # not in place: it may be tied
         layer.register_buffer("weight_scale", scale)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype != torch.int8:  # tied anew to the embedding
+            return linear(input, self.weight, self.bias)
+        # Without its scale, a product may be too large for float16.
+        x = input.float() if input.dtype == torch.float16 else input
         pieces = self.weight.split(max(1, _PIECE // self.in_features))
-        products = [linear(input, piece.to(input.dtype), None) for piece in pieces]
+        products = [linear(x, piece.to(x.dtype), None) for piece in pieces]
         product = torch.cat(products, -1) * self.weight_scale.to(products[0].dtype)
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+        if self.bias is not None:
+            product = product + self.bias.to(product.dtype)
+        return product.to(input.dtype) if input.dtype == torch.float16 else product
 
 
 def _bands_or_sdpa(
@@ -119,10 +138,12 @@ def _bands_or_sdpa(
     if (
         query.dtype != torch.bfloat16
         or not query.is_cpu
-        or (attention_mask is not None and attention_mask.dtype != torch.bool)
+        or not key.shape == value.shape == (batch, heads, key.shape[2], size)
+        or not _is_known(attention_mask, (batch, 1, tokens, key.shape[2]))
         or not (has_mask or tokens in (1, key.shape[2]))
         or dropout
-        or kwargs.get("is_causal") is not None
+        or not module.is_causal
+        or any(kwargs.get(name) is not None for name in _OF_SDPA)
         or torch.compiler.is_compiling()
         or not is_plain_inference(query, key)
     ):
@@ -156,6 +177,16 @@ def _bands_or_sdpa(
         gathered[:, start:end] = torch.bmm(own_weights, values[:, :seen])
     joined = gathered.view(batch, heads, tokens, size).transpose(1, 2)
     return joined.contiguous(), None  # (B, T, H, D)
+
+
+def _is_known(mask: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether `mask` is none, or of truth values and of `shape`, for one text or each."""
+    return mask is None or (
+        mask.dtype == torch.bool
+        and mask.ndim == 4
+        and mask.shape[0] in (1, shape[0])
+        and mask.shape[1:] == shape[1:]
+    )
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _bands_or_sdpa)

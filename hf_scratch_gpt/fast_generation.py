@@ -38,9 +38,10 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
     graphs at the first call, for each number of texts anew.
 
     The outputs are those of before, up to the order in which sums are rounded. Change weights, add
-    adapters, choose data type and device before, not afterwards; and pickle nothing. A text goes
-    the ordinary way if the C++ would not give the same: with hooks, adapters, a function between
-    the feed-forward's layers that is no GELU, padding, or in float16.
+    adapters, choose data type and device before, not afterwards, and pickle nothing; a weight
+    that is changed all the same, but by way of its `data`, is used unpacked. A text goes the
+    ordinary way if the C++ would not give the same: with hooks, adapters, a function between the
+    feed-forward's layers that is no GELU, padding, or in float16.
 
     Args:
         model: in evaluation mode, on its device and in its data type.
@@ -92,18 +93,21 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
         packable.append(torch.float32)
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             packable.append(torch.bfloat16)
+    # Ours alone, by name: an adapter's layers, or whatever else there is, stay as they are.
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        kind = name_of(type(module))
+        if kind == "linear_scratch_gpt.Linear" and "forward" not in vars(module):
             if weights == "int8":
                 Int8Linear.take_over(module)
             elif module.weight.dtype in packable:
                 PackedLinear.take_over(module)
         elif (
-            name_of(type(module)) == "blocks_scratch_gpt.FeedForward"
+            kind == "blocks_scratch_gpt.FeedForward"
             and name_of(type(module.activation)) == "blocks_scratch_gpt.GELU"
+            and "forward" not in vars(module)
         ):
             PackedFeedForward.take_over(module)
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and model.dtype == torch.bfloat16:
         model.set_attn_implementation(ATTENTION)
 
 
@@ -165,7 +169,12 @@ class _FastGeneration(GenerationMixin):
             )
         logits = self(input_ids, past_key_values=cache, logits_to_keep=1).logits
         idle = _memories.setdefault(self, [])
-        memory = idle.pop() if idle else Memory(self.config, self.dtype)
+        try:
+            memory = idle.pop()
+        except IndexError:
+            memory = Memory(self.config, self.dtype)
+        if memory.form != Memory.form_of(self.config, self.dtype):  # the model was converted
+            memory = Memory(self.config, self.dtype)
         one_token = OneToken(self, memory, cache)
         while True:
             scores = logits_processor(input_ids, logits[:, -1].float())
@@ -183,6 +192,12 @@ class _FastGeneration(GenerationMixin):
         if streamer is not None:
             streamer.end()
         return input_ids
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As before; it knows torch's attention, not ours."""
+        if self.config._attn_implementation == ATTENTION:
+            self.set_attn_implementation("sdpa")
+        return super().init_continuous_batching(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as before; weights in another format cannot be saved."""

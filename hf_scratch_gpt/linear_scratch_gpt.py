@@ -79,5 +79,7 @@ def by_onednn(
 
     `gelu` is a form of GELU, "tanh" or "none", to be applied to it.
     """
+    if bias is not None:
+        bias = bias.contiguous()  # another is read as if it were
     after, form = ("none", "") if gelu is None else ("gelu", gelu)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], form)

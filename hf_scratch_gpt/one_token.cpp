@@ -28,6 +28,7 @@ struct Product {
 struct Norm {
   const float* weight;
   const float* bias;
+  float eps;
 };
 
 struct Block {
@@ -38,6 +39,7 @@ struct Block {
   void* keys;    // (H, room, D)
   void* values;  // (H, room, D)
   float scaling;
+  bool tanh;  // GELU's form
 };
 
 struct Model {
@@ -46,9 +48,8 @@ struct Model {
   Norm norm;
   Product head;
   int64_t heads;
-  int64_t room;  // for so many tokens
-  float eps;
-  bool tanh;  // GELU's form
+  int64_t room;        // for so many tokens
+  int64_t inner_size;  // of the feed-forward
 };
 
 inline float wide(float number) { return number; }
@@ -120,12 +121,12 @@ void multiply(const Product& product, const Input<W>& x, Use use) {
   }
 }
 
-void normalize(const std::vector<float>& x, const Norm& norm, float eps, std::vector<float>& y) {
+void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>& y) {
   const int64_t count = x.size();
   float mean = 0, variance = 0;
   for (int64_t i = 0; i < count; i++) mean += x[i] / count;
   for (int64_t i = 0; i < count; i++) variance += (x[i] - mean) * (x[i] - mean) / count;
-  const float factor = 1 / std::sqrt(variance + eps);
+  const float factor = 1 / std::sqrt(variance + norm.eps);
   for (int64_t i = 0; i < count; i++) y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
 }
 
@@ -155,7 +156,7 @@ template <typename W, typename T>
 void step(const Model& model, int64_t position, const float* embedded, float* logits, int threads) {
   const int64_t hidden_size = model.head.columns, size = hidden_size / model.heads;
   std::vector<float> hidden(embedded, embedded + hidden_size);
-  std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.blocks->up.rows);
+  std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.inner_size);
 
 #pragma omp parallel num_threads(threads)
   {
@@ -168,7 +169,7 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
         return (row / size * model.room + position) * size + row % size;
       };
 
-      normalize(hidden, block->input_layernorm, model.eps, normalized);
+      normalize(hidden, block->input_layernorm, normalized);
       const Input<W> x(normalized);
       multiply(block->query, x, [&](int64_t row, float y) { query[row] = y; });
       multiply(block->key, x, [&](int64_t row, float y) { put(keys + place(row), y); });
@@ -183,14 +184,14 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
       multiply(block->out, Input<W>(gathered), [&](int64_t row, float y) { hidden[row] += y; });
 #pragma omp barrier
 
-      normalize(hidden, block->post_attention_layernorm, model.eps, normalized);
+      normalize(hidden, block->post_attention_layernorm, normalized);
       multiply(block->up, Input<W>(normalized),
-               [&](int64_t row, float y) { inner[row] = gelu(y, model.tanh); });
+               [&](int64_t row, float y) { inner[row] = gelu(y, block->tanh); });
 #pragma omp barrier
       multiply(block->down, Input<W>(inner), [&](int64_t row, float y) { hidden[row] += y; });
 #pragma omp barrier
     }
-    normalize(hidden, model.norm, model.eps, normalized);
+    normalize(hidden, model.norm, normalized);
     multiply(model.head, Input<W>(normalized), [&](int64_t row, float y) { logits[row] = y; });
   }
 }

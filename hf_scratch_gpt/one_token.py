@@ -27,6 +27,7 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # The modules whose mathematics the C++ knows. By name, as a model's own folder may have brought
 # its own copies of these files.
 _KNOWN = {
+    "modeling_scratch_gpt.ScratchGPTForCausalLM",
     "modeling_scratch_gpt.ScratchGPTModel",
     "blocks_scratch_gpt.TransformerBlock",
     "blocks_scratch_gpt.MultiHeadAttention",
@@ -37,11 +38,8 @@ _KNOWN = {
     "fast_blocks.PackedFeedForward",
     "fast_blocks.PackedLinear",
     "fast_blocks.Int8Linear",
-    "linear.Linear",
-    "sparse.Embedding",
-    "dropout.Dropout",
-    "container.ModuleList",
 }
+_KNOWN_OF_TORCH = (nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList)
 
 
 @functools.cache
@@ -78,20 +76,43 @@ def compiled() -> ctypes.CDLL:
 def can_compute(model: Any) -> bool:
     """Whether the C++ gives what `model`, a language model of ours, would give.
 
-    Not so if a part is another than ours, has a hook, is in training mode, not on a CPU or in
-    another data type than float32 and bfloat16.
+    Not so if a part is another than ours or has another shape than the configuration says, has a
+    hook, is in training mode, not on a CPU or in another data type than float32 and bfloat16.
     """
     parts = list(model.modules())
     matrices = [part.weight for part in parts if isinstance(part, nn.Linear)]
     return (
-        all(part is model or name_of(type(part)) in _KNOWN for part in parts)
+        all(type(part) in _KNOWN_OF_TORCH or name_of(type(part)) in _KNOWN for part in parts)
         and not any(part.training or is_changed(part) for part in parts)
+        and not nn.modules.module._has_any_global_hook()
+        and _has_its_shapes(model)
         and all(parameter.is_cpu for parameter in model.parameters())
         and all(matrix.is_contiguous() for matrix in matrices)
         and {matrix.dtype for matrix in matrices} in ({model.dtype}, {torch.int8})
         and model.dtype in _DTYPES
         and model.config._attn_implementation in ("eager", "sdpa", "bands_or_sdpa")
     )
+
+
+def _has_its_shapes(model: Any) -> bool:
+    """Whether all parameters are of the sizes that the configuration gives."""
+    config, inner = model.config, model.config.intermediate_size
+    size = config.hidden_size
+    is_right = _is_shaped(model.lm_head, config.vocab_size, size)
+    norms = [model.model.norm]
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        is_right &= all(_is_shaped(projection, size, size) for projection in projections)
+        is_right &= _is_shaped(mlp.up_proj, inner, size) and _is_shaped(mlp.down_proj, size, inner)
+        norms += [block.input_layernorm, block.post_attention_layernorm]
+    is_right &= all(norm.weight.shape == norm.bias.shape == (size,) for norm in norms)
+    return is_right and len(model.model.layers) == config.num_hidden_layers
+
+
+def _is_shaped(linear: Any, rows: int, columns: int) -> bool:
+    is_right = linear.weight.shape == (rows, columns)
+    return is_right and (linear.bias is None or linear.bias.shape == (rows,))
 
 
 def name_of(kind: type) -> str:
@@ -110,12 +131,19 @@ def is_changed(part: nn.Module) -> bool:
 class Memory:
     """Keys and values of one text, for as many tokens as a model has positions."""
 
-    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+    @staticmethod
+    def form_of(config: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Heads, positions and head size, how many layers, and of what type."""
         size = (config.num_attention_heads, config.max_position_embeddings, config.head_dim)
-        layers = range(config.num_hidden_layers)
+        return (*size, config.num_hidden_layers, dtype)
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        self.form = self.form_of(config, dtype)
+        *size, layer_count, dtype = self.form
+        layers = range(layer_count)
         with torch.inference_mode(False):  # else it could be written to in that mode alone
-            self.keys = [torch.empty(size, dtype=dtype) for _ in layers]
-            self.values = [torch.empty(size, dtype=dtype) for _ in layers]
+            self.keys = [torch.empty(size, dtype=dtype, device="cpu") for _ in layers]
+            self.values = [torch.empty(size, dtype=dtype, device="cpu") for _ in layers]
 
 
 # The structures of the C++, in its order.
@@ -132,7 +160,11 @@ class _Product(ctypes.Structure):
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+    )
 
 
 class _Block(ctypes.Structure):
@@ -148,6 +180,7 @@ class _Block(ctypes.Structure):
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("scaling", ctypes.c_float),
+        ("tanh", ctypes.c_bool),
     )
 
 
@@ -159,8 +192,7 @@ class _Model(ctypes.Structure):
         ("head", _Product),
         ("heads", ctypes.c_int64),
         ("room", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-        ("tanh", ctypes.c_bool),
+        ("inner_size", ctypes.c_int64),
     )
 
 
@@ -192,8 +224,7 @@ class OneToken:
             head=self._product(model.lm_head),
             heads=model.config.num_attention_heads,
             room=model.config.max_position_embeddings,
-            eps=model.config.layer_norm_eps,
-            tanh=model.model.layers[0].mlp.activation.form == "tanh",
+            inner_size=model.config.intermediate_size,
         )
         weights = "int8_" if model.lm_head.weight.dtype == torch.int8 else ""
         self._step = compiled()[f"step_{weights}{_DTYPES[model.dtype]}"]
@@ -205,9 +236,9 @@ class OneToken:
         if self._length >= limit:
             raise_past_limit(self._length + 1, limit)
         model = self._model.model
-        position = torch.tensor([[self._length]])
+        position = torch.tensor([[self._length]], device="cpu")
         embedded = (model.embed_tokens(token) + model.embed_positions(position)).float()
-        logits = torch.empty(1, 1, self._structure.head.rows)
+        logits = torch.empty(1, 1, self._structure.head.rows, dtype=torch.float32, device="cpu")
         self._step(
             ctypes.byref(self._structure),
             ctypes.c_int64(self._length),
@@ -232,10 +263,11 @@ class OneToken:
             keys=keys.data_ptr(),
             values=values.data_ptr(),
             scaling=attention.scaling,
+            tanh=mlp.activation.form == "tanh",
         )
 
     def _norm(self, norm: Any) -> _Norm:
-        return _Norm(weight=self._vector(norm.weight), bias=self._vector(norm.bias))
+        return _Norm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
 
     def _product(self, linear: Any) -> _Product:
         weight = linear.weight.detach()
@@ -251,5 +283,5 @@ class OneToken:
 
     def _vector(self, numbers: torch.Tensor) -> int:
         """Address of `numbers` in float32."""
-        self._held.append(numbers.detach().float())
+        self._held.append(numbers.detach().float().contiguous())
         return self._held[-1].data_ptr()

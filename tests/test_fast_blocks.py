@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_scratch_gpt import (
@@ -68,6 +69,38 @@ def test_gradients_go_through_torchs_kernel():
     heads = [x.requires_grad_() for x in random_heads(6, 6)]
     attend(*heads).sum().backward()
     assert all(x.grad is not None for x in heads)
+
+
+OTHERS = {
+    "not causal": lambda heads: dict(module=SimpleNamespace(**vars(MODULE) | {"is_causal": False})),
+    "bias": lambda heads: dict(position_bias=torch.randn(1, 3, 9, 9).bfloat16()),
+    "is_causal": lambda heads: dict(is_causal=False),
+    "mask of a row": lambda heads: dict(attention_mask=torch.ones(1, 1, 1, 9).bool()),
+    "mask by heads": lambda heads: dict(attention_mask=torch.rand(2, 3, 9, 9) < 0.7),
+    "mask without texts": lambda heads: dict(attention_mask=torch.ones(9, 9).bool()),
+    "mask to add": lambda heads: dict(attention_mask=torch.randn(2, 1, 9, 9).bfloat16()),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_what_torchs_kernel_alone_can_do(name):
+    heads = random_heads(9, 9)
+    given = dict(module=MODULE, attention_mask=None) | OTHERS[name](heads)
+    arguments = (given.pop("module"), *heads, given.pop("attention_mask"))
+    own = ALL_ATTENTION_FUNCTIONS[ATTENTION](*arguments, scaling=0.3, **given)[0]
+    assert torch.equal(own, sdpa_attention_forward(*arguments, scaling=0.3, **given)[0])
+
+
+@torch.no_grad()
+def test_int8_in_float16_does_not_overflow():
+    layer = torch.nn.Linear(3072, 8).half()
+    layer.weight.copy_(torch.rand(8, 3072) * 0.02)
+    x, exact = torch.full((1, 3072), 2.0).half(), copy.deepcopy(layer).float()
+    Int8Linear.take_over(layer)
+    y = layer(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), exact(x.float()), atol=0.1, rtol=0.01)
 
 
 @pytest.mark.parametrize("form", ["gelu", "gelu_new"])

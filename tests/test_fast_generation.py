@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import DynamicCache, TextStreamer, set_seed
+from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
+from hf_scratch_gpt.one_token import OneToken
 
 from .models import random_ids, random_model
 
@@ -30,6 +31,16 @@ def write(model, ids, count=12, **arguments):
     )
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """One entry for each token that the C++ reads."""
+    taken, step = [], OneToken.logits_after
+    monkeypatch.setattr(
+        OneToken, "logits_after", lambda self, token: taken.append(1) or step(self, token)
+    )
+    return taken
+
+
 WAYS = {
     "greedy": dict(do_sample=False),
     "sampling": dict(do_sample=True, top_k=20),
@@ -43,11 +54,13 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_ids(models, way):
+def test_the_same_ids(models, way, steps):
     ids = random_ids(1, 7)
     before, after = (write(model, ids, **WAYS[way]) for model in models)
     assert after.tolist() == before.tolist()
     assert after.shape[1] > 7
+    by_steps = ("greedy", "sampling", "repetition penalty")
+    assert len(steps) == (11 if way in by_steps else 0)
 
 
 @pytest.mark.parametrize("length", [1, 2, 9, 20])
@@ -83,7 +96,8 @@ def test_in_other_modes():
     expected = write(model, ids, do_sample=False).tolist()
     fast = optimize_for_generation(copy.deepcopy(model))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        write(fast, ids, do_sample=False)
+        before, after = (write(each, ids, do_sample=False).tolist() for each in (model, fast))
+        assert after == before
     with torch.inference_mode():
         assert write(fast, ids, do_sample=False).tolist() == expected
     assert write(fast, ids, do_sample=False).tolist() == expected
@@ -95,6 +109,8 @@ def test_a_cache_that_is_given_is_filled(models):
     for model, cache in zip(models, caches, strict=True):
         write(model, ids, do_sample=False, past_key_values=cache)
     assert caches[1].get_seq_length() == caches[0].get_seq_length() > 6
+    for before, after in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close(after.keys, before.keys, atol=1e-5, rtol=1e-5)
 
 
 def test_several_texts_with_padding(models):
@@ -242,21 +258,119 @@ def double_by_method(model):
 
 
 @pytest.mark.parametrize("change", [double_by_hook, double_by_module, double_by_method])
-def test_changed_models_go_the_ordinary_way(models, change):
+def test_changed_models_go_the_ordinary_way(models, change, steps):
     changed, fast = (copy.deepcopy(model) for model in models)
     ids = random_ids(1, 6)
     change(changed)
     expected = write(changed, ids, do_sample=False)
     assert expected.tolist() != write(fast, ids, do_sample=False).tolist()
     change(fast)
+    steps.clear()
     assert write(fast, ids, do_sample=False).tolist() == expected.tolist()
+    assert not steps
 
 
-def test_adapters():
-    model = random_model(ScratchGPTForCausalLM).eval()
-    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model.add_adapter(config)
+class ShiftedForCausalLM(ScratchGPTForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, **kwargs)
+        outputs.logits = outputs.logits.roll(1, -1)
+        return outputs
+
+
+class Tripled(torch.nn.Linear):
+    def forward(self, input):
+        return -3 * super().forward(input)
+
+
+def with_a_linear_of_its_own(model):
+    up_proj = model.model.layers[0].mlp.up_proj
+    own = Tripled(up_proj.in_features, up_proj.out_features)
+    own.load_state_dict(up_proj.state_dict())
+    model.model.layers[0].mlp.up_proj = own
+    return model
+
+
+def with_a_parametrization(model):
+    up_proj = model.model.layers[0].mlp.up_proj
+    torch.nn.utils.parametrize.register_parametrization(up_proj, "weight", torch.nn.Tanh())
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_a_linear_of_its_own,
+        with_a_parametrization,
+        lambda model: ShiftedForCausalLM(model.config),
+    ],
+    ids=["linear", "parametrization", "class"],
+)
+def test_classes_of_others(change, steps):
+    model = change(random_model(ScratchGPTForCausalLM)).eval()
     ids = random_ids(1, 6)
-    expected = write(model.eval(), ids, do_sample=False)
-    fast = optimize_for_generation(model)
-    assert write(fast, ids, do_sample=False).tolist() == expected.tolist()
+    expected = write(model, ids, do_sample=False).tolist()
+    assert write(optimize_for_generation(model), ids, do_sample=False).tolist() == expected
+    assert not steps
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@torch.no_grad()
+def test_adapters(weights):
+    model = random_model(ScratchGPTForCausalLM).eval()
+    without = model(ids := random_ids(1, 6)).logits
+    names = ["q_proj", "down_proj"]
+    model.add_adapter(LoraConfig(target_modules=names, init_lora_weights=False))
+    expected = model.eval()(ids).logits
+    after = optimize_for_generation(model, weights)(ids).logits
+    assert (after - expected).norm() < 0.1 * (without - expected).norm()
+
+
+@torch.no_grad()
+def test_weights_that_are_changed_all_the_same():
+    model = random_model(ScratchGPTForCausalLM).eval()
+    fast, ids = optimize_for_generation(copy.deepcopy(model)), random_ids(2, 6)
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"):
+        for either in (model, fast):
+            either.get_submodule(name).weight.mul_(-1.5)
+    torch.testing.assert_close(fast(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    for either in (model, fast):
+        either.to(torch.bfloat16)
+    torch.testing.assert_close(fast(ids).logits, model(ids).logits, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_another_default_type(models, default, steps):
+    ids = random_ids(1, 6)
+    expected = write(models[0], ids, do_sample=False).tolist()
+    torch.set_default_dtype(default)
+    try:
+        assert write(models[1], ids, do_sample=False).tolist() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert steps
+
+
+def test_a_model_that_is_converted_has_new_memory(steps):
+    model = random_model(ScratchGPTForCausalLM).eval().to(torch.bfloat16)
+    optimize_for_generation(model, weights="int8")
+    ids = random_ids(1, 6)
+    write(model, ids, do_sample=False)
+    model.float()
+    with torch.no_grad():
+        scores = model(write(model, ids, do_sample=False)).logits[0, 5:-1]
+    chosen = scores.gather(1, write(model, ids, do_sample=False)[0, 6:, None])[:, 0]
+    assert (scores.max(-1).values - chosen).max() < 0.01
+    assert len(steps) == 33
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_continuous_batching(dtype):
+    model = random_model(ScratchGPTForCausalLM).eval().to(dtype)
+    prompts = [random_ids(1, length)[0].tolist() for length in (3, 5)]
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    before, after = (
+        [output.generated_tokens for output in each.generate_batch(prompts, config).values()]
+        for each in (model, optimize_for_generation(copy.deepcopy(model)))
+    )
+    assert [len(tokens) for tokens in after] == [4, 4]
+    assert after == before or dtype == torch.bfloat16

@@ -55,6 +55,13 @@ def test_not_contiguous():
         torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_strided_parameters():
+    linear, x = layer(), torch.randn(6, 48)
+    linear.bias.data, linear.weight.data = torch.randn(80, 3)[:, 1], torch.randn(80, 96)[:, ::2]
+    torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_are_torchs():
     linear, x = layer(), torch.randn(2, 48, requires_grad=True)
     linear(x).square().sum().backward()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
@@ -115,6 +116,59 @@ def test_what_it_cannot_compute():
     hooked = make()
     hooked.model.norm.register_forward_hook(lambda module, args, output: output)
     assert not can_compute(hooked)
+
+
+def prune_one_layer(model):
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight.data, mlp.up_proj.bias.data = mlp.up_proj.weight[:4], mlp.up_proj.bias[:4]
+    mlp.down_proj.weight.data = mlp.down_proj.weight[:, :4]
+
+
+def lengthen_a_bias(model):
+    model.model.norm.bias.data = torch.randn(33)
+
+
+def prune_heads(model):
+    for block in model.model.layers:
+        attention = block.self_attn
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.weight.data = projection.weight[:24]
+            projection.bias.data = projection.bias[:24]
+        attention.o_proj.weight.data = attention.o_proj.weight[:, :24]
+
+
+@pytest.mark.parametrize("change", [prune_one_layer, prune_heads, lengthen_a_bias])
+@torch.no_grad()
+def test_other_shapes_are_refused(change):
+    model = make()
+    change(model)
+    assert not can_compute(model)
+
+
+def test_hooks_on_all_modules_are_seen():
+    model = make()
+    handle = register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert not can_compute(model)
+    finally:
+        handle.remove()
+    assert can_compute(model)
+
+
+@torch.no_grad()
+def test_what_differs_between_layers():
+    model, ids = make(), random_ids(1, 24)
+    model.model.layers[1].mlp.activation.form = "none"
+    model.model.layers[2].input_layernorm.eps = 0.3
+    model.model.norm.eps = 0.1
+    model.model.layers[0].self_attn.scaling *= 2
+    strided = torch.randn(32, 2)[:, 0]
+    model.model.layers[0].input_layernorm.weight.data = strided
+    model.model.layers[0].self_attn.k_proj.bias.data = torch.randn(32, 3)[:, 1]
+    assert can_compute(model)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    own = logits_by_steps(model, ids).double()
+    torch.testing.assert_close(own, exact, atol=2e-5, rtol=2e-5)
 
 
 @torch.no_grad()

@@ -15,9 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks_scratch_gpt import FeedForward
 from .linear_scratch_gpt import by_onednn, is_plain_inference, linear
-from .one_token import is_changed
+from .one_token import ATTENTION, is_changed
 
-ATTENTION = "bands_or_sdpa"  # its name in transformers
 _PIECE = 2**22  # numbers that are turned back from int8 at a time
 _OF_SDPA = ("is_causal", "position_bias", "cache", "softcap")  # what it alone can do
 _SCORES = 3 * 2**19  # scores at a time: they stay in a core's cache
@@ -133,24 +132,44 @@ def _bands_or_sdpa(
     of a hundred queries and all keys before them, take half the time or less. Shapes are those of
     `masked_attention`; a mask is of truth values, (B, 1, T, S).
     """
+    is_plain = (
+        query.is_cpu
+        and query.dtype == torch.bfloat16
+        and _are_known(query, key, value, attention_mask)
+        and module.is_causal
+        and not dropout
+        and all(kwargs.get(name) is None for name in _OF_SDPA)
+        and not torch.compiler.is_compiling()
+        and is_plain_inference(query, key)
+    )
+    if is_plain:
+        return _in_bands(query * scaling, key, value, attention_mask), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    )
+
+
+def _are_known(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> bool:
+    """Whether all have a key of their own, and the mask, if any, is of truth values for each."""
     batch, heads, tokens, size = query.shape
-    has_mask = attention_mask is not None
-    if (
-        query.dtype != torch.bfloat16
-        or not query.is_cpu
-        or not key.shape == value.shape == (batch, heads, key.shape[2], size)
-        or not _is_known(attention_mask, (batch, 1, tokens, key.shape[2]))
-        or not (has_mask or tokens in (1, key.shape[2]))
-        or dropout
-        or not module.is_causal
-        or any(kwargs.get(name) is not None for name in _OF_SDPA)
-        or torch.compiler.is_compiling()
-        or not is_plain_inference(query, key)
-    ):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
-        )
-    queries = (query * scaling).reshape(-1, tokens, size)  # (B x H, T, D)
+    if not key.shape == value.shape == (batch, heads, key.shape[2], size):
+        return False
+    if mask is None:
+        return tokens in (1, key.shape[2])
+    return mask.dtype == torch.bool and tuple(mask.shape) in (
+        (batch, 1, tokens, key.shape[2]),
+        (1, 1, tokens, key.shape[2]),
+    )
+
+
+def _in_bands(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """What each token gathers, (B, T, H, D), of a query that is scaled already."""
+    batch, heads, tokens, size = query.shape
+    queries = query.reshape(-1, tokens, size)  # (B x H, T, D)
     keys = key.reshape(len(queries), -1, size).transpose(1, 2)
     values = value.reshape(len(queries), -1, size)
     gathered = torch.empty_like(queries)
@@ -160,12 +179,12 @@ def _bands_or_sdpa(
     is_future = torch.ones(band, band, dtype=torch.bool).triu(1)
     for start in range(0, tokens, band):
         end = min(start + band, tokens)
-        seen = keys.shape[2] if has_mask or tokens == 1 else end
+        seen = end if mask is None and tokens > 1 else keys.shape[2]
         shape = (len(queries), end - start, seen)
         own_scores, own_weights = (x[: math.prod(shape)].view(shape) for x in (scores, weights))
         torch.bmm(queries[:, start:end], keys[:, :, :seen], out=own_scores)
-        if attention_mask is not None:
-            is_seen = attention_mask[:, :, start:end, :seen]
+        if mask is not None:
+            is_seen = mask[:, :, start:end]
             # Not minus infinity: a row in which everything is masked would become NaN.
             own_scores.view(batch, heads, *shape[1:]).masked_fill_(
                 ~is_seen, torch.finfo(scores.dtype).min
@@ -175,18 +194,7 @@ def _bands_or_sdpa(
             own_scores[:, :, start:].masked_fill_(is_future[:here, :here], -torch.inf)
         torch.softmax(own_scores, dim=-1, out=own_weights)
         gathered[:, start:end] = torch.bmm(own_weights, values[:, :seen])
-    joined = gathered.view(batch, heads, tokens, size).transpose(1, 2)
-    return joined.contiguous(), None  # (B, T, H, D)
-
-
-def _is_known(mask: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
-    """Whether `mask` is none, or of truth values and of `shape`, for one text or each."""
-    return mask is None or (
-        mask.dtype == torch.bool
-        and mask.ndim == 4
-        and mask.shape[0] in (1, shape[0])
-        and mask.shape[1:] == shape[1:]
-    )
+    return gathered.view(batch, heads, tokens, size).transpose(1, 2).contiguous()
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _bands_or_sdpa)

@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .fast_blocks import ATTENTION, Int8Linear, PackedFeedForward, PackedLinear
-from .one_token import Memory, OneToken, can_compute, compiled, name_of
+from .fast_blocks import Int8Linear, PackedFeedForward, PackedLinear
+from .one_token import ATTENTION, Memory, OneToken, can_compute, compiled, name_of
 
 # Formats of weights, and what torchao calls them.
 FORMATS = {
@@ -126,6 +126,17 @@ def _quantize(model: PreTrainedModel, weights: str) -> None:
 _memories: weakref.WeakKeyDictionary[nn.Module, list[Memory]] = weakref.WeakKeyDictionary()
 
 
+def _borrow_memory(model: Any) -> Memory:
+    """Memory that no text is using; whoever is done puts it back into `_memories`."""
+    try:
+        memory = _memories.setdefault(model, []).pop()
+    except IndexError:
+        return Memory(model.config, model.dtype)
+    # The model may have been converted or resized since.
+    fits = memory.fits(model.config, model.dtype)
+    return memory if fits else Memory(model.config, model.dtype)
+
+
 class _FastGeneration(GenerationMixin):
     """Goes before a language model's own class."""
 
@@ -168,13 +179,7 @@ class _FastGeneration(GenerationMixin):
                 **model_kwargs,
             )
         logits = self(input_ids, past_key_values=cache, logits_to_keep=1).logits
-        idle = _memories.setdefault(self, [])
-        try:
-            memory = idle.pop()
-        except IndexError:
-            memory = Memory(self.config, self.dtype)
-        if memory.form != Memory.form_of(self.config, self.dtype):  # the model was converted
-            memory = Memory(self.config, self.dtype)
+        memory = _borrow_memory(self)
         one_token = OneToken(self, memory, cache)
         while True:
             scores = logits_processor(input_ids, logits[:, -1].float())
@@ -188,7 +193,7 @@ class _FastGeneration(GenerationMixin):
             if stopping_criteria(input_ids, None).all():
                 break
             logits = one_token.logits_after(token)
-        idle.append(memory)
+        _memories[self].append(memory)
         if streamer is not None:
             streamer.end()
         return input_ids

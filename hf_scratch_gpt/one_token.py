@@ -23,6 +23,7 @@ _FLAGS = (
     "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno "
     "-fassociative-math -fno-signed-zeros -fno-trapping-math"
 )
+ATTENTION = "bands_or_sdpa"  # what transformers is told to call that of `fast_blocks`
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # The modules whose mathematics the C++ knows. By name, as a model's own folder may have brought
 # its own copies of these files.
@@ -90,7 +91,7 @@ def can_compute(model: Any) -> bool:
         and all(matrix.is_contiguous() for matrix in matrices)
         and {matrix.dtype for matrix in matrices} in ({model.dtype}, {torch.int8})
         and model.dtype in _DTYPES
-        and model.config._attn_implementation in ("eager", "sdpa", "bands_or_sdpa")
+        and model.config._attn_implementation in ("eager", "sdpa", ATTENTION)
     )
 
 
@@ -131,19 +132,22 @@ def is_changed(part: nn.Module) -> bool:
 class Memory:
     """Keys and values of one text, for as many tokens as a model has positions."""
 
-    @staticmethod
-    def form_of(config: Any, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Heads, positions and head size, how many layers, and of what type."""
-        size = (config.num_attention_heads, config.max_position_embeddings, config.head_dim)
-        return (*size, config.num_hidden_layers, dtype)
-
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
-        self.form = self.form_of(config, dtype)
-        *size, layer_count, dtype = self.form
-        layers = range(layer_count)
+        size = self._size(config)
+        layers = range(config.num_hidden_layers)
         with torch.inference_mode(False):  # else it could be written to in that mode alone
             self.keys = [torch.empty(size, dtype=dtype, device="cpu") for _ in layers]
             self.values = [torch.empty(size, dtype=dtype, device="cpu") for _ in layers]
+
+    def fits(self, config: Any, dtype: torch.dtype) -> bool:
+        """Whether it is what a model of `config` and `dtype` needs."""
+        keys = self.keys[0]
+        is_right = tuple(keys.shape) == self._size(config) and keys.dtype == dtype
+        return is_right and len(self.keys) == config.num_hidden_layers
+
+    @staticmethod
+    def _size(config: Any) -> tuple[int, int, int]:
+        return config.num_attention_heads, config.max_position_embeddings, config.head_dim
 
 
 # The structures of the C++, in its order.

@@ -4,6 +4,7 @@ Weights are packed or in eight bits, GELU is computed where a product leaves its
 attention in bfloat16 has a way of its own.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -38,6 +39,16 @@ class PackedLinear(nn.Linear):
         if self.is_packed_for(input):
             return by_onednn(input, self.packed.weight, self.bias)
         return linear(input, self.weight, self.bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        """A copy shares the packed weight, if that is still the weight's."""
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        is_valid = self.packed.state == _state(self.weight)
+        made.packed = copy.copy(self.packed)
+        made.packed.state = _state(made.weight) if is_valid else ()
+        return made
 
     def is_packed_for(self, input: torch.Tensor) -> bool:
         """Whether the copy can be used: not if the weight has changed, or a gradient is wanted."""

@@ -16,6 +16,7 @@ from hf_scratch_gpt import (
 )
 from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
 from hf_scratch_gpt.fast_blocks import ATTENTION, Int8Linear, PackedFeedForward, PackedLinear
+from hf_scratch_gpt.linear_scratch_gpt import Linear
 
 from .models import random_ids, random_model
 
@@ -118,6 +119,21 @@ def test_packed_feed_forward(dtype, form):
     torch.testing.assert_close(mlp(x).double(), exact, atol=tolerance, rtol=tolerance)
     mlp.activation.register_forward_hook(lambda module, args, output: 0 * output)
     assert torch.equal(mlp(x), mlp.down_proj(torch.zeros(2, 5, 192, dtype=dtype)))
+
+
+@torch.no_grad()
+def test_copies_share_what_is_packed():
+    layer, x = Linear(48, 80), torch.randn(3, 48)
+    PackedLinear.take_over(layer)
+    copied = copy.deepcopy(layer)
+    assert copied.packed.weight is layer.packed.weight
+    assert layer.is_packed_for(x)
+    assert copied.is_packed_for(x)
+    copied.weight.mul_(2)
+    assert layer.is_packed_for(x)
+    assert not copied.is_packed_for(x)
+    assert not copy.deepcopy(copied).is_packed_for(x)
+    torch.testing.assert_close(copied(x) - copied.bias, 2 * (layer(x) - layer.bias))
 
 
 @torch.no_grad()

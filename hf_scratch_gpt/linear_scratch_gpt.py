@@ -3,20 +3,22 @@
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.backends import mkldnn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_HAS_ONEDNN = mkldnn.is_available()
 
 
 class Linear(nn.Linear):
     """y = x W^T + b: torch's own layer, faster on CPUs where no gradient is asked for.
 
-    To write one token a model reads all its weights, so the speed of memory is the limit. Two of
+    To write one token a model reads all its weights, so the speed of memory is the limit. Three of
     torch's ways stay far below it (figures in `benchmarks/NOTES.md`): in float32 the product of a
     matrix and one vector runs on one thread, where oneDNN, which torch has as well, takes them all;
-    and compiled code calls the same slow product, where the sum written out becomes a loop that
-    reads as fast as memory gives.
+    in bfloat16 it is oneDNN's, which rearranges the matrix each time, where torch's own reads it as
+    it lies, twice as fast; and compiled code calls the same slow products, where the sum written
+    out becomes a loop that reads as fast as memory gives.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -33,6 +35,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
                 return written_out(x, weight, bias)
         elif _HAS_ONEDNN and x.dtype == torch.float32:
             return by_onednn(x, weight, bias)
+        elif x.dtype == torch.bfloat16 and is_one_token(x) and weight.is_contiguous():
+            return without_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -83,3 +87,20 @@ def by_onednn(
         bias = bias.contiguous()  # another is read as if it were
     after, form = ("none", "") if gelu is None else ("gelu", gelu)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], form)
+
+
+def without_onednn(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The product of `x` (..., C) and `weight` (D, C) by torch's own code.
+
+    torch asks one switch of the process whether to call oneDNN, and it is off meanwhile: a thread
+    that computes beside this one may miss it for that moment, which costs time and no more.
+    """
+    if not mkldnn.enabled:
+        return F.linear(x, weight, bias)
+    mkldnn.set_flags(_enabled=False)
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        mkldnn.set_flags(_enabled=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_scratch_gpt.linear_scratch_gpt import Linear
@@ -55,11 +56,33 @@ def test_not_contiguous():
         torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_strided_parameters():
-    linear, x = layer(), torch.randn(6, 48)
-    linear.bias.data, linear.weight.data = torch.randn(80, 3)[:, 1], torch.randn(80, 96)[:, ::2]
-    torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=1e-5, rtol=1e-5)
+def test_strided_parameters(dtype, rows):
+    linear, x = layer(dtype), torch.randn(rows, 48, dtype=dtype)
+    linear.bias.data = torch.randn(80, 3, dtype=dtype)[:, 1]
+    linear.weight.data = torch.randn(80, 96, dtype=dtype)[:, ::2]
+    torch.testing.assert_close(
+        linear(x).double(), in_float64(linear, x), atol=DTYPES[dtype], rtol=DTYPES[dtype]
+    )
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@torch.no_grad()
+def test_onednn_stays_as_it_was(enabled):
+    one_token = torch.randn(1, 48, dtype=torch.bfloat16)
+    mkldnn.set_flags(_enabled=enabled)
+    try:
+        layer(torch.bfloat16)(one_token)
+        assert mkldnn.enabled is enabled
+        broken = layer(torch.bfloat16)
+        broken.bias.data = torch.randn(7, dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError):
+            broken(one_token)
+        assert mkldnn.enabled is enabled
+    finally:
+        mkldnn.set_flags(_enabled=True)
 
 
 def test_gradients_are_torchs():

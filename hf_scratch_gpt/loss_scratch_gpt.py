@@ -2,13 +2,17 @@
 
 # N tokens that count, C hidden, V vocabulary
 
+import math
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_PIECE = 2**24  # logits at a time, of four bytes
+from .memory_scratch_gpt import zeros
+
+_PIECE = 2**26  # bytes of logits at a time
+_BLOCK = 2**21  # logits that are turned into a gradient at a time
 _WORDS = 2**12  # rows of the weight whose gradients are summed at a time
 
 
@@ -50,65 +54,124 @@ def chunked_causal_loss(
         )
     shift_labels = shift_labels.flatten().to(hidden_states.device)
     counted = (shift_labels != ignore_index).nonzero()[:, 0]  # (N,)
-    device = hidden_states.device.type
+    dtype, device = weight.dtype, weight.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    total: torch.Tensor = _SumOfLosses.apply(
-        hidden_states.flatten(0, -2).index_select(0, counted), weight, shift_labels[counted]
+    divisor = torch.as_tensor(
+        len(counted) if num_items_in_batch is None else num_items_in_batch,
+        dtype=torch.float32,
+        device=hidden_states.device,
     )
-    if num_items_in_batch is None:
-        return total / len(counted)
-    return total / num_items_in_batch
+    # Quotients may be too small for float16, so the gradient is scaled before it is divided.
+    early = torch.ones_like(divisor) if dtype == torch.float16 else divisor
+    loss: torch.Tensor = _LossOfPieces.apply(
+        hidden_states.flatten(0, -2).index_select(0, counted),
+        weight,
+        shift_labels[counted],
+        early,
+        dtype,
+    )
+    return loss / divisor if dtype == torch.float16 else loss
 
 
-class _SumOfLosses(torch.autograd.Function):
-    """Sum of the cross entropies of `hidden @ weight.T` and `labels`; its gradients come along."""
+class _LossOfPieces(torch.autograd.Function):
+    """Sum of the cross entropies of `hidden @ weight.T` and `labels`, divided by `divisor`.
+
+    Its gradients are computed along with it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        divisor: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
+        wants_weight = ctx.needs_input_grad[1]  # a frozen head needs no gradient
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, narrow = hidden.to(dtype), _cast(weight, dtype)
         grad_hidden = torch.empty_like(hidden)
-        # In half precision a sum of many pieces would lose digits.
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=wide)
+        grad_weight = None
+        if wants_weight:  # in half precision a sum of many pieces would lose digits
+            wide = torch.promote_types(dtype, torch.float32)
+            grad_weight = zeros(weight.shape, weight, wide)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        size = max(1, _PIECE // len(weight))
-        # All pieces in the same memory: fresh memory is slow, and may not be given back.
-        products = hidden.new_empty(min(size, len(hidden)), len(weight))
-        logits = products if products.dtype == torch.float32 else products.float()
+        count = max(1, math.ceil(len(hidden) * len(weight) * dtype.itemsize / _PIECE))
+        size = max(1, math.ceil(len(hidden) / count))
+        products = zeros((size, len(weight)), weight, dtype)  # the same memory for all pieces
         pieces = zip(hidden.split(size), labels.split(size), grad_hidden.split(size), strict=True)
         for rows, label, grad_rows in pieces:
-            products, logits = products[: len(rows)], logits[: len(rows)]  # (n, V)
-            torch.mm(rows, weight.T, out=products)
-            logits.copy_(products)
-            logits -= logits.amax(-1, keepdim=True)
-            of_label = logits.gather(1, label[:, None])
-            softmax = logits.exp_()
-            sums = softmax.sum(-1, keepdim=True)
-            total += (sums.log() - of_label).sum()
-            softmax /= sums
-            softmax.scatter_add_(1, label[:, None], torch.full_like(of_label, -1.0))
-            grad_logits = products.copy_(softmax)
-            torch.mm(grad_logits, weight, out=grad_rows)
-            if weight.dtype == wide:
-                grad_weight.addmm_(grad_logits.T, rows)
-            else:  # a few words at a time, since the sum makes a copy in float32
-                words = zip(grad_logits.T.split(_WORDS), grad_weight.split(_WORDS), strict=True)
-                for grad_words, of_words in words:
-                    of_words += grad_words @ rows
-        if weight.dtype == torch.bfloat16:  # in float16, before it is divided, it may be too large
+            logits = products[: len(rows)]  # (n, V)
+            torch.mm(rows, narrow.T, out=logits)
+            total += _to_gradient(logits, label, divisor)
+            torch.mm(logits, narrow, out=grad_rows)
+            if grad_weight is not None:
+                _add_product(grad_weight, logits, rows)
+        if grad_weight is not None and weight.dtype == torch.bfloat16:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        return total / divisor
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_total: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_hidden, of_weight = ctx.dtypes
         grad_hidden, grad_weight = ctx.saved_tensors
-        if len(grad_hidden):  # else no token counts, and the mean over none is no number
-            grad_weight = grad_weight * grad_total
-        return grad_hidden * grad_total, grad_weight.to(grad_hidden.dtype), None
+        can_look = grad_loss.is_cpu and not torch.compiler.is_compiling()  # a GPU would be waited for
+        if not (can_look and grad_loss == 1):
+            grad_hidden = grad_hidden * grad_loss
+            grad_weight = None if grad_weight is None else grad_weight * grad_loss
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(of_weight)
+        return grad_hidden.to(of_hidden), grad_weight, None, None, None
+
+
+def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` in `dtype`."""
+    if weight.dtype == dtype:
+        return weight
+    return zeros(weight.shape, weight, dtype).copy_(weight)
+
+
+def _to_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor
+) -> torch.Tensor:
+    """Put the derivative of the loss in the place of `logits` (n, V), and return its sum.
+
+    On a CPU a few rows at a time, which its cache holds.
+    """
+    size = max(1, _BLOCK // logits.shape[1]) if logits.is_cpu else len(logits)
+    wide = None
+    if logits.dtype != torch.float32:
+        wide = torch.empty_like(logits[:size], dtype=torch.float32)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for rows, label in zip(logits.split(size), labels.split(size), strict=True):
+        x = rows if wide is None else wide[: len(rows)].copy_(rows)
+        x -= x.amax(-1, keepdim=True)
+        of_label = x.gather(1, label[:, None])
+        sums = x.exp_().sum(-1, keepdim=True)
+        total += (sums.log() - of_label).sum()
+        x /= sums * divisor  # softmax
+        x.scatter_add_(1, label[:, None], -torch.ones_like(of_label) / divisor)
+        if wide is not None:
+            rows.copy_(x)
+    return total
+
+
+def _add_product(
+    grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor
+) -> None:
+    """Add `grad_logits.T @ hidden` to `grad_weight` (V, C), which may be of more digits."""
+    if grad_weight.dtype == hidden.dtype:
+        grad_weight.addmm_(grad_logits.T, hidden)
+        return
+    # A few words at a time, since torch adds numbers of half precision by way of a copy.
+    narrow = torch.empty_like(grad_weight[:_WORDS], dtype=hidden.dtype)
+    wide = torch.empty_like(grad_weight[:_WORDS])
+    for words, of_words in zip(
+        grad_logits.T.split(_WORDS), grad_weight.split(_WORDS), strict=True
+    ):
+        product = torch.mm(words, hidden, out=narrow[: len(words)])
+        of_words += wide[: len(words)].copy_(product)

@@ -20,7 +20,9 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr(loss_scratch_gpt, "_PIECE", 7 * VOCABULARY)  # 7 tokens; 4 pieces and a rest
+    monkeypatch.setattr(loss_scratch_gpt, "_PIECE", 7 * 8 * VOCABULARY)  # 7 tokens of 8 bytes
+    monkeypatch.setattr(loss_scratch_gpt, "_BLOCK", 3 * VOCABULARY)
+    monkeypatch.setattr(loss_scratch_gpt, "_WORDS", VOCABULARY // 2 - 1)
 
 
 def gradients(loss, *leaves):

@@ -11,13 +11,11 @@ import io
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
 import torch
-
-from hf_scratch_gpt.memory_scratch_gpt import large_pages
 
 _PAGE = max(4096, mmap.PAGESIZE)
 _BLOCK = 4096 * _PAGE  # bytes written at a time
@@ -116,4 +114,10 @@ def _cache_where_needed(file: io.FileIO) -> Iterator[None]:
 
 def _pages(size: int) -> torch.Tensor:
     """Whole pages of memory, `size` bytes at least, (N,) of uint8."""
-    return large_pages(-(-max(size, 1) // _PAGE) * _PAGE)
+    size = -(-max(size, 1) // _PAGE) * _PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # Windows, macOS
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel built without
+        area.madvise(mmap.MADV_HUGEPAGE)  # one page fault in place of 512
+    return torch.frombuffer(area, dtype=torch.uint8)

@@ -19,7 +19,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
-from .linear_scratch_gpt import Linear
+from .linear_scratch_gpt import (
+    Linear,
+    autocast_product,
+    cast,
+    is_autocast_training,
+    is_changed,
+)
 
 
 class LayerNorm(nn.Module):
@@ -101,7 +107,23 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C), each token by itself."""
-        return self.dropout(self.down_proj(self.activation(self.up_proj(hidden_states))))
+        inner = self.up_proj(hidden_states)
+        if self._can_fuse(inner):
+            down: Any = self.down_proj
+            narrowed = autocast_product(inner, down.weight, down.bias, gelu=self.activation.form)
+        else:
+            narrowed = self.down_proj(self.activation(inner))
+        return self.dropout(narrowed)
+
+    def _can_fuse(self, inner: torch.Tensor) -> bool:
+        """Whether GELU and `down_proj` may be one product, which keeps less for backward."""
+        return (
+            type(self.activation) is GELU
+            and self.activation.fused
+            and type(self.down_proj) is Linear
+            and not (is_changed(self.activation) or is_changed(self.down_proj))
+            and is_autocast_training(inner, self.down_proj.weight)
+        )
 
 
 def masked_attention(
@@ -198,6 +220,7 @@ class MultiHeadAttention(nn.Module):
             (B, T, C), and the attention weights (B, H, T, S) where the implementation computes
             them.
         """
+        hidden_states = cast(hidden_states)
         tokens_by_heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(tokens_by_heads).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden_states).view(tokens_by_heads).transpose(1, 2)  # (B, H, T, D)

@@ -9,8 +9,6 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .memory_scratch_gpt import zeros
-
 _PIECE = 2**26  # bytes of logits at a time
 _BLOCK = 2**21  # logits that are turned into a gradient at a time
 _WORDS = 2**12  # rows of the weight whose gradients are summed at a time
@@ -91,16 +89,17 @@ class _LossOfPieces(torch.autograd.Function):
     ) -> torch.Tensor:
         wants_weight = ctx.needs_input_grad[1]  # a frozen head needs no gradient
         ctx.dtypes = hidden.dtype, weight.dtype
-        hidden, narrow = hidden.to(dtype), _cast(weight, dtype)
+        hidden, narrow = hidden.to(dtype), weight.to(dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         if wants_weight:  # in half precision a sum of many pieces would lose digits
             wide = torch.promote_types(dtype, torch.float32)
-            grad_weight = zeros(weight.shape, weight, wide)
+            grad_weight = torch.zeros_like(weight, dtype=wide)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         count = max(1, math.ceil(len(hidden) * len(weight) * dtype.itemsize / _PIECE))
         size = max(1, math.ceil(len(hidden) / count))
-        products = zeros((size, len(weight)), weight, dtype)  # the same memory for all pieces
+        # The same memory for all pieces: fresh memory is slow, and may not be given back.
+        products = hidden.new_empty(size, len(weight))
         pieces = zip(hidden.split(size), labels.split(size), grad_hidden.split(size), strict=True)
         for rows, label, grad_rows in pieces:
             logits = products[: len(rows)]  # (n, V)
@@ -119,7 +118,9 @@ class _LossOfPieces(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_hidden, of_weight = ctx.dtypes
         grad_hidden, grad_weight = ctx.saved_tensors
-        can_look = grad_loss.is_cpu and not torch.compiler.is_compiling()  # a GPU would be waited for
+        can_look = (
+            grad_loss.is_cpu and not torch.compiler.is_compiling()
+        )  # a GPU would be waited for
         if not (can_look and grad_loss == 1):
             grad_hidden = grad_hidden * grad_loss
             grad_weight = None if grad_weight is None else grad_weight * grad_loss
@@ -128,16 +129,7 @@ class _LossOfPieces(torch.autograd.Function):
         return grad_hidden.to(of_hidden), grad_weight, None, None, None
 
 
-def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`weight` in `dtype`."""
-    if weight.dtype == dtype:
-        return weight
-    return zeros(weight.shape, weight, dtype).copy_(weight)
-
-
-def _to_gradient(
-    logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor
-) -> torch.Tensor:
+def _to_gradient(logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
     """Put the derivative of the loss in the place of `logits` (n, V), and return its sum.
 
     On a CPU a few rows at a time, which its cache holds.
@@ -170,8 +162,6 @@ def _add_product(
     # A few words at a time, since torch adds numbers of half precision by way of a copy.
     narrow = torch.empty_like(grad_weight[:_WORDS], dtype=hidden.dtype)
     wide = torch.empty_like(grad_weight[:_WORDS])
-    for words, of_words in zip(
-        grad_logits.T.split(_WORDS), grad_weight.split(_WORDS), strict=True
-    ):
+    for words, of_words in zip(grad_logits.T.split(_WORDS), grad_weight.split(_WORDS), strict=True):
         product = torch.mm(words, hidden, out=narrow[: len(words)])
         of_words += wide[: len(words)].copy_(product)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from .linear_scratch_gpt import is_changed
 from .positions_scratch_gpt import raise_past_limit
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -119,14 +120,6 @@ def _is_shaped(linear: Any, rows: int, columns: int) -> bool:
 def name_of(kind: type) -> str:
     """File and class, without the package."""
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
-
-
-def is_changed(part: nn.Module) -> bool:
-    """Whether hooks or a `forward` of its own change what `part` gives."""
-    hooks = (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
-    # transformers leaves hooks behind that look for hidden states, if they were ever asked for.
-    watchers = "transformers.utils.output_capturing"
-    return "forward" in vars(part) or any(hook.__module__ != watchers for hook in hooks)
 
 
 class Memory:

@@ -58,6 +58,14 @@ def by_fast_generate(model: PreTrainedModel, weights: str | None = None) -> Writ
     return lambda ids, count: prepare()(ids, count)
 
 
+def in_our_format(folder: Path) -> Path:
+    """The folder of the same weights in our format, written if it is not there."""
+    own = folder.parent / f"{folder.name}-ours"
+    if not own.exists():
+        ScratchGPTForCausalLM.from_pretrained(folder).save_pretrained(own)
+    return own
+
+
 def load(folder: Path, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     """transformers' model and ours, on the same weights."""
     classes = (GPT2LMHeadModel, ScratchGPTForCausalLM)

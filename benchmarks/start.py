@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .peers import in_our_format
 from .timing import in_turns, rates
 
 _IMPORTS = """
@@ -34,9 +35,7 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
 
     from hf_scratch_gpt import ScratchGPTForCausalLM
 
-    own = folder.parent / f"{folder.name}-ours"
-    if not own.exists():
-        ScratchGPTForCausalLM.from_pretrained(folder).save_pretrained(own)
+    own = in_our_format(folder)
     ways = {
         "GPT2LMHeadModel": lambda: GPT2LMHeadModel.from_pretrained(folder),
         "ours": lambda: ScratchGPTForCausalLM.from_pretrained(own),

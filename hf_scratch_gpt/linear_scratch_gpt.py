@@ -9,6 +9,7 @@ from torch.backends import mkldnn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+_ROWS = 2**9  # rows that GELU is applied to at a time
 _HAS_ONEDNN = mkldnn.is_available()
 
 
@@ -166,7 +167,8 @@ def autocast_product(
     goes into GELU and what comes out. Here the copy is made anew, and GELU computed anew, when they
     are needed, in a fiftieth of the time that the products take.
     """
-    result: torch.Tensor = _AutocastProduct.apply(cast(x), weight, bias, gelu)
+    x = cast(x) if gelu is None else cast(x).contiguous()
+    result: torch.Tensor = _AutocastProduct.apply(x, weight, bias, gelu)
     return result
 
 
@@ -181,24 +183,34 @@ class _AutocastProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gelu, ctx.bias_dtype = gelu, None if bias is None else bias.dtype
-        if gelu is not None:
-            x = F.gelu(x, approximate=gelu)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        narrow, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if gelu is None:
+            return F.linear(x, narrow, bias)
+        # A few rows at a time, as memory of that size is at hand: fresh memory is slow.
+        pieces = x.view(-1, x.shape[-1]).split(_ROWS)
+        made = [F.linear(F.gelu(rows, approximate=gelu), narrow, bias) for rows in pieces]
+        return torch.cat(made).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Of torch's operators throughout, so that it can be differentiated again.
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
-        rows = grad.flatten(0, -2)  # (N, D)
+        rows = grad.reshape(-1, grad.shape[-1])  # (N, D)
+        into = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
         if wants_weight:
-            into = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
-            grad_weight = (rows.T @ into.flatten(0, -2)).to(weight.dtype)
+            grad_weight = (rows.T @ into.reshape(-1, into.shape[-1])).to(weight.dtype)
         if wants_bias:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
         if wants_x:
-            grad_x = grad @ weight.to(grad.dtype)
-            if ctx.gelu is not None:
-                grad_x = torch.ops.aten.gelu_backward(grad_x, x, approximate=ctx.gelu)
+            narrow = weight.to(grad.dtype)
+            if ctx.gelu is None:
+                grad_x = grad @ narrow
+            elif torch.is_grad_enabled():  # the gradient will be differentiated
+                grad_x = torch.ops.aten.gelu_backward(grad @ narrow, x, approximate=ctx.gelu)
+            else:
+                torch.mm(rows, narrow, out=into.view(-1, narrow.shape[1]))
+                grad_x = torch.ops.aten.gelu_backward.grad_input(
+                    into, x, approximate=ctx.gelu, grad_input=into
+                )
         return grad_x, grad_weight, grad_bias, None

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_PIECE = 2**26  # bytes of logits at a time
+PIECE = 2**26  # bytes of logits at a time
 _BLOCK = 2**21  # logits that are turned into a gradient at a time
 _WORDS = 2**12  # rows of the weight whose gradients are summed at a time
 
@@ -94,20 +94,20 @@ class _LossOfPieces(torch.autograd.Function):
         grad_weight = None
         if wants_weight:  # in half precision a sum of many pieces would lose digits
             wide = torch.promote_types(dtype, torch.float32)
-            grad_weight = torch.zeros_like(weight, dtype=wide)
+            grad_weight = torch.empty_like(weight, dtype=wide)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        count = max(1, math.ceil(len(hidden) * len(weight) * dtype.itemsize / _PIECE))
+        count = max(1, math.ceil(len(hidden) * len(weight) * dtype.itemsize / PIECE))
         size = max(1, math.ceil(len(hidden) / count))
         # The same memory for all pieces: fresh memory is slow, and may not be given back.
         products = hidden.new_empty(size, len(weight))
         pieces = zip(hidden.split(size), labels.split(size), grad_hidden.split(size), strict=True)
-        for rows, label, grad_rows in pieces:
+        for number, (rows, label, grad_rows) in enumerate(pieces):
             logits = products[: len(rows)]  # (n, V)
             torch.mm(rows, narrow.T, out=logits)
             total += _to_gradient(logits, label, divisor)
             torch.mm(logits, narrow, out=grad_rows)
             if grad_weight is not None:
-                _add_product(grad_weight, logits, rows)
+                _add_product(grad_weight, logits, rows, is_first=number == 0)
         if grad_weight is not None and weight.dtype == torch.bfloat16:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -153,15 +153,22 @@ def _to_gradient(logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tens
 
 
 def _add_product(
-    grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor
+    grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, is_first: bool
 ) -> None:
-    """Add `grad_logits.T @ hidden` to `grad_weight` (V, C), which may be of more digits."""
+    """Add `grad_logits.T @ hidden` to `grad_weight` (V, C), or write it there if it is the first.
+
+    `grad_weight` may be of more digits.
+    """
     if grad_weight.dtype == hidden.dtype:
-        grad_weight.addmm_(grad_logits.T, hidden)
+        beta = 0 if is_first else 1
+        torch.addmm(grad_weight, grad_logits.T, hidden, beta=beta, out=grad_weight)
         return
     # A few words at a time, since torch adds numbers of half precision by way of a copy.
     narrow = torch.empty_like(grad_weight[:_WORDS], dtype=hidden.dtype)
     wide = torch.empty_like(grad_weight[:_WORDS])
     for words, of_words in zip(grad_logits.T.split(_WORDS), grad_weight.split(_WORDS), strict=True):
         product = torch.mm(words, hidden, out=narrow[: len(words)])
-        of_words += wide[: len(words)].copy_(product)
+        if is_first:
+            of_words.copy_(product)
+        else:
+            of_words += wide[: len(words)].copy_(product)

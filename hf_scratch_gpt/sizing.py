@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
+from .loss_scratch_gpt import PIECE
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
@@ -258,7 +259,7 @@ def _tensors_of_a_step(
     loss = {"log-probabilities": logits, "their gradient": logits, "gradient of logits": logits}
     if config.chunked_loss:
         head = config.vocab_size * config.hidden_size
-        loss = {"gradients, of the loss and of its sum": 2 * (head + hidden)}
+        loss = {"gradients": head + hidden, "logits of a piece": min(logits, PIECE // 4)}
     return {
         "norm": norm,
         "attention": {

@@ -6,7 +6,7 @@ from torch import nn
 from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_scratch_gpt.linear_scratch_gpt import Linear
+from hf_scratch_gpt.linear_scratch_gpt import Linear, autocast_product
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -117,3 +117,75 @@ def test_vmap_and_export():
     torch.testing.assert_close(exported(x), linear(x))
     names = {str(node.target) for node in torch.export.export(linear, (x,)).graph.nodes}
     assert not any("mkldnn" in name for name in names)  # it runs on other machines too
+
+
+def by_torch(x, weight, bias, gelu):
+    """What autocast makes of torch's own functions."""
+    if gelu is not None:
+        x = nn.functional.gelu(x.to(torch.get_autocast_dtype("cpu")), approximate=gelu)
+    return nn.functional.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("gelu", [None, "tanh", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (2, 48), (2, 700, 48), (0, 48)], ids=str)
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_training_under_autocast(narrow, shape, bias, gelu):
+    linear, start, results = layer(bias=bias), torch.randn(shape), []
+    for function in (autocast_product, by_torch):
+        x = start.clone().requires_grad_()
+        linear.zero_grad()
+        with torch.autocast("cpu", dtype=narrow):
+            y = function(x, linear.weight, linear.bias, gelu)
+        (y.float() ** 2).sum().backward()
+        results.append([y, x.grad, *(p.grad for p in linear.parameters())])
+    for own, torchs in zip(*results, strict=True):
+        assert own.dtype == torchs.dtype
+        assert own.shape == torchs.shape
+        assert (own - torchs).norm() <= 0.01 * torchs.norm()
+
+
+def test_autocast_keeps_no_copy_of_the_weight():
+    linear, kept = layer(), []
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        linear(torch.randn(3, 48))
+    assert {(tuple(t.shape), t.dtype) for t in kept} == {
+        ((3, 48), torch.bfloat16),
+        ((80, 48), torch.float32),
+    }
+    assert any(t.data_ptr() == linear.weight.data_ptr() for t in kept)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_frozen_parts_get_no_gradient_under_autocast(frozen):
+    linear, x = layer(), torch.randn(3, 48, requires_grad=True)
+    parts = {"x": x, "weight": linear.weight, "bias": linear.bias}
+    parts[frozen].requires_grad_(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast_product(x, linear.weight, linear.bias, gelu="tanh").sum().backward()
+    assert {name for name, part in parts.items() if part.grad is None} == {frozen}
+
+
+@pytest.mark.parametrize("gelu", [None, "tanh"])
+def test_gradients_under_autocast_can_be_differentiated(gelu):
+    linear, start, results = layer(), torch.randn(3, 48), []
+    for function in (autocast_product, by_torch):
+        x = start.clone().requires_grad_()
+        linear.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = function(x, linear.weight, linear.bias, gelu)
+        (slope,) = torch.autograd.grad((y.float() ** 2).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        results.append([x.grad, linear.weight.grad])
+    for own, torchs in zip(*results, strict=True):
+        assert (own - torchs).norm() <= 0.02 * torchs.norm()
+
+
+def test_autocast_compiled():
+    linear, x = layer(), torch.randn(3, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = linear(x)
+        torch.testing.assert_close(torch.compile(linear, fullgraph=True)(x), expected)

@@ -20,7 +20,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr(loss_scratch_gpt, "_PIECE", 7 * 8 * VOCABULARY)  # 7 tokens of 8 bytes
+    monkeypatch.setattr(loss_scratch_gpt, "PIECE", 7 * 8 * VOCABULARY)  # 7 tokens of 8 bytes
     monkeypatch.setattr(loss_scratch_gpt, "_BLOCK", 3 * VOCABULARY)
     monkeypatch.setattr(loss_scratch_gpt, "_WORDS", VOCABULARY // 2 - 1)
 

@@ -220,6 +220,7 @@ SIZES = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=4, vocab_s
         ({"drop_rate": 0.0}, "eager", False),
         ({"tie_word_embeddings": False, "intermediate_size": 101}, "sdpa", False),
         ({"vocab_size": 50}, "sdpa", False),
+        ({"chunked_loss": True}, "sdpa", False),
         ({"fused_kernels": False}, "sdpa", False),
         ({"fused_kernels": False, "hidden_act": "gelu"}, "sdpa", False),
     ],

@@ -165,7 +165,7 @@ def autocast_product(
 
     torch keeps, until the backward pass, a copy of each weight in half precision, and both what
     goes into GELU and what comes out. Here the copy is made anew, and GELU computed anew, when they
-    are needed, in a fiftieth of the time that the products take.
+    are needed, in a thirtieth of the time that the products take.
     """
     x = cast(x) if gelu is None else cast(x).contiguous()
     result: torch.Tensor = _AutocastProduct.apply(x, weight, bias, gelu)

@@ -151,7 +151,9 @@ def without_onednn(
 def cast(x: torch.Tensor) -> torch.Tensor:
     """`x` as autocast's products take it: once for all that read it, not for each by itself."""
     device = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    # Not all devices have autocast, "meta" has none, and asking whether it is on is an error then.
+    has_autocast = x.dtype == torch.float32 and torch.amp.is_autocast_available(device)
+    if has_autocast and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -173,6 +175,8 @@ def autocast_product(
 
 
 class _AutocastProduct(torch.autograd.Function):
+    """Keeps `x`, before GELU, and the weight itself; makes of them anew what backward needs."""
+
     @staticmethod
     def forward(
         ctx: Any,

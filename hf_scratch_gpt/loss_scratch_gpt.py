@@ -53,7 +53,7 @@ def chunked_causal_loss(
     shift_labels = shift_labels.flatten().to(hidden_states.device)
     counted = (shift_labels != ignore_index).nonzero()[:, 0]  # (N,)
     dtype, device = weight.dtype, weight.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     divisor = torch.as_tensor(
         len(counted) if num_items_in_batch is None else num_items_in_batch,

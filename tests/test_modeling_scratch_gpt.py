@@ -14,7 +14,7 @@ from hf_scratch_gpt import (
     ScratchGPTModel,
 )
 
-from .models import POSITIONS, VOCABULARY, random_gpt2, random_ids, random_model
+from .models import POSITIONS, VOCABULARY, random_gpt2, random_ids, random_model, tiny_config
 
 CLOSE = dict(atol=1e-5, rtol=0)
 PADDED = 5
@@ -361,3 +361,12 @@ def test_resizing_the_vocabulary_keeps_the_weights_tied(tmp_path):
     model.save_pretrained(tmp_path)
     again = ScratchGPTForCausalLM.from_pretrained(tmp_path)
     assert again(random_ids(1, 3)).logits.shape == (1, 3, VOCABULARY + 3)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_on_the_meta_device(chunked):
+    """Where nothing is computed, as when a model is planned, shapes come out all the same."""
+    ids = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        model = ScratchGPTForCausalLM(tiny_config(chunked_loss=chunked)).train()
+    assert model(ids).logits.shape == (2, 5, model.config.vocab_size)

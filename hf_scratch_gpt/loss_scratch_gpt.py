@@ -118,9 +118,8 @@ class _LossOfPieces(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_hidden, of_weight = ctx.dtypes
         grad_hidden, grad_weight = ctx.saved_tensors
-        can_look = (
-            grad_loss.is_cpu and not torch.compiler.is_compiling()
-        )  # a GPU would be waited for
+        # To look at a number on a GPU is to wait for it.
+        can_look = grad_loss.is_cpu and not torch.compiler.is_compiling()
         if not (can_look and grad_loss == 1):
             grad_hidden = grad_hidden * grad_loss
             grad_weight = None if grad_weight is None else grad_weight * grad_loss

@@ -69,6 +69,28 @@ def test_no_label_counts():
     assert not weight.grad.any()
 
 
+def test_a_frozen_head():
+    hidden, weight = torch.randn(2, 9, 16), torch.randn(VOCABULARY, 16)
+    labels, grads = random_ids(2, 9), []
+    for is_frozen in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        head = weight.clone().requires_grad_(not is_frozen)
+        chunked_causal_loss(leaf, head, labels).backward()
+        grads.append(leaf.grad)
+        assert (head.grad is None) == is_frozen
+    assert torch.equal(*grads)
+
+
+def test_gradients_twice():
+    """What backward hands out is not changed by what is later added to it."""
+    hidden, weight = torch.randn(2, 9, 16), torch.randn(VOCABULARY, 16, requires_grad=True)
+    loss = chunked_causal_loss(hidden, weight, random_ids(2, 9))
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward()
+    assert torch.equal(weight.grad, 2 * once)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_keeps_its_digits(dtype):
     hidden, weight = torch.randn(1, 2000, 16), torch.randn(VOCABULARY, 16) / 4

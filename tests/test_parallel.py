@@ -49,11 +49,11 @@ def test_two_processes_agree_with_one(kind, expected):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run = subprocess.run(
         [*command, "--nproc_per_node=2", "-m", "tests.parallel_worker", kind, str(expected)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count(f"{kind} agrees") == 2
     assert "warning" not in run.stderr.lower(), run.stderr
     if kind != "pp":

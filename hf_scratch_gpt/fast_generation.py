@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .fast_blocks import Int8Linear, PackedFeedForward, PackedLinear
+from .large_pages import move_to_large_pages
 from .one_token import ATTENTION, Memory, OneToken, can_compute, compiled, name_of
 
 # Formats of weights, and what torchao calls them.
@@ -88,7 +89,7 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
 
 def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
     """Give the linear layers in `model` int8 weights, or else packed ones, and what goes along."""
-    packable = []
+    layers, packable = [], []
     if torch.backends.mkldnn.is_available():
         packable.append(torch.float32)
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -99,14 +100,17 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
         if kind == "linear_scratch_gpt.Linear" and "forward" not in vars(module):
             if weights == "int8":
                 Int8Linear.take_over(module)
-            elif module.weight.dtype in packable:
-                PackedLinear.take_over(module)
+            layers.append(module)
         elif (
             kind == "blocks_scratch_gpt.FeedForward"
             and name_of(type(module.activation)) == "blocks_scratch_gpt.GELU"
             and "forward" not in vars(module)
         ):
             PackedFeedForward.take_over(module)
+    move_to_large_pages(layer.weight for layer in layers)
+    for layer in layers:
+        if layer.weight.dtype in packable:
+            PackedLinear.take_over(layer)
     if model.config._attn_implementation == "sdpa" and model.dtype == torch.bfloat16:
         model.set_attn_implementation(ATTENTION)
 

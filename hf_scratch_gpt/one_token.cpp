@@ -130,10 +130,30 @@ void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>
   for (int64_t i = 0; i < count; i++) y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
 }
 
-float gelu(float x, bool tanh) {
-  if (!tanh) return 0.5f * x * (1 + std::erf(x * 0.70710678f));
-  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), and u = sqrt(2 / pi) (x + 0.044715 x^3)
-  return x / (1 + std::exp(-1.5957691f * (x + 0.044715f * x * x * x)));
+// e to the power of x, for x from -87 to 88, to the last digit but one. Unlike std::exp it is
+// computed for several x at once: 2 to the power of a whole number, times a polynomial of what is
+// left, Taylor's up to its 6th power.
+inline float exponential(float x) {
+  x = std::min(std::max(x, -87.0f), 88.0f);
+  const float whole = std::nearbyint(x * 1.44269504f);                     // 1 / ln 2
+  const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
+  float sum = 1 / 720.0f;
+  for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) sum = sum * rest + factor;
+  const int32_t bits = (int32_t(whole) + 127) * (1 << 23);
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return sum * power;
+}
+
+void gelu(std::vector<float>& x, bool tanh) {
+  const int64_t count = x.size();
+  if (tanh) {
+    // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), and u = sqrt(2 / pi) (x + 0.044715 x^3)
+    for (int64_t i = 0; i < count; i++)
+      x[i] /= 1 + exponential(-1.5957691f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+  } else {
+    for (int64_t i = 0; i < count; i++) x[i] *= 0.5f * (1 + std::erf(x[i] * 0.70710678f));
+  }
 }
 
 // One head: query (D) looks at keys and values (S, D).
@@ -143,7 +163,7 @@ void attend(const float* query, const T* keys, const T* values, int64_t tokens, 
   for (int64_t s = 0; s < tokens; s++) weights[s] = dot(query, keys + s * size, size) * scaling;
   const float largest = *std::max_element(weights.begin(), weights.begin() + tokens);
   float sum = 0;
-  for (int64_t s = 0; s < tokens; s++) sum += weights[s] = std::exp(weights[s] - largest);
+  for (int64_t s = 0; s < tokens; s++) sum += weights[s] = exponential(weights[s] - largest);
   std::fill(gathered, gathered + size, 0.0f);
   for (int64_t s = 0; s < tokens; s++) {
     const float weight = weights[s] / sum;
@@ -160,7 +180,8 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
 
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> normalized(hidden_size), weights(position + 1);  // each thread's own
+    // Each thread's own.
+    std::vector<float> normalized(hidden_size), weights(position + 1), activated;
     for (const Block* block = model.blocks; block < model.blocks + model.layers; block++) {
       T* keys = static_cast<T*>(block->keys);
       T* values = static_cast<T*>(block->values);
@@ -186,9 +207,11 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
 
       normalize(hidden, block->post_attention_layernorm, normalized);
       multiply(block->up, Input<W>(normalized),
-               [&](int64_t row, float y) { inner[row] = gelu(y, block->tanh); });
+               [&](int64_t row, float y) { inner[row] = y; });
 #pragma omp barrier
-      multiply(block->down, Input<W>(inner), [&](int64_t row, float y) { hidden[row] += y; });
+      activated = inner;
+      gelu(activated, block->tanh);
+      multiply(block->down, Input<W>(activated), [&](int64_t row, float y) { hidden[row] += y; });
 #pragma omp barrier
     }
     normalize(hidden, model.norm, normalized);

@@ -103,6 +103,20 @@ def test_in_other_modes():
     assert write(fast, ids, do_sample=False).tolist() == expected
 
 
+def test_made_or_optimized_in_inference_mode():
+    ids = random_ids(1, 6)
+    with torch.inference_mode():
+        made_there = random_model(ScratchGPTForCausalLM).eval()
+    expected = write(made_there, ids, do_sample=False).tolist()
+    assert write(optimize_for_generation(made_there), ids, do_sample=False).tolist() == expected
+    model = random_model(ScratchGPTForCausalLM).eval()
+    expected = write(model, ids, do_sample=False).tolist()
+    with torch.inference_mode():
+        optimize_for_generation(model)
+    assert write(model, ids, do_sample=False).tolist() == expected
+    model.lm_head.weight.sum().backward()
+
+
 def test_a_cache_that_is_given_is_filled(models):
     ids = random_ids(1, 6)
     caches = [DynamicCache(config=model.config) for model in models]

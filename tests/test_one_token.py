@@ -55,6 +55,20 @@ def test_logits(name):
     torch.testing.assert_close(own.double(), exact, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("form", ["gelu", "gelu_new"])
+@torch.no_grad()
+def test_large_numbers(form):
+    """Scores and GELU's inputs far beyond where e to their power is a number."""
+    model, ids = make(hidden_act=form), random_ids(1, 24)
+    for block in model.model.layers:
+        block.self_attn.q_proj.weight.mul_(1000)
+        block.mlp.up_proj.weight.mul_(1000)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    own = logits_by_steps(model, ids).double()
+    assert own.isfinite().all()
+    assert (own - exact).norm() < 1e-3 * exact.norm()
+
+
 @torch.no_grad()
 def test_bfloat16_is_nearer_than_the_model():
     """Only keys, values and weights are rounded, not what is between."""

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .blocks_scratch_gpt import FeedForward
+from .blocks_scratch_gpt import FeedForward, TransformerBlock, masked_attention
 from .linear_scratch_gpt import by_onednn, is_changed, is_plain_inference, linear
 from .one_token import ATTENTION
 
@@ -91,6 +92,60 @@ class PackedFeedForward(FeedForward):
             return super().forward(hidden_states)
         inner = by_onednn(hidden_states, up.packed.weight, up.bias, gelu=self.activation.form)
         return self.dropout(self.down_proj(inner))
+
+
+class LastBlock(TransformerBlock):
+    """The last block, of which a prompt needs the last token only.
+
+    The others offer their keys and values; nobody looks at what they have gathered.
+    """
+
+    @classmethod
+    def take_over(cls, block: TransformerBlock) -> None:
+        """Make `block` one of these."""
+        block.__class__ = cls
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        only_last_token: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Map `hidden_states` (B, T, C) to (B, T, C), or to (B, 1, C) with `only_last_token`."""
+        if not only_last_token:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :, -1:]  # (B, 1, 1, S)
+        last = hidden_states[:, -1:]
+        gathered = self._attend_once(self.input_layernorm(hidden_states), attention_mask, **kwargs)
+        last = last + gathered
+        return last + self.mlp(self.post_attention_layernorm(last))
+
+    def _attend_once(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """What the last of `hidden_states` (B, T, C) gathers from all of them, (B, 1, C)."""
+        attention = self.self_attn
+
+        def heads(projected: torch.Tensor) -> torch.Tensor:
+            return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+        query = heads(attention.q_proj(hidden_states[:, -1:]))  # (B, H, 1, D)
+        key, value = heads(attention.k_proj(hidden_states)), heads(attention.v_proj(hidden_states))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)  # (B, H, S, D)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, masked_attention
+        )
+        gathered, _ = attend(
+            attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs
+        )
+        return attention.o_proj(gathered.flatten(2))
 
 
 class Int8Linear(nn.Linear):
@@ -185,9 +240,11 @@ def _in_bands(
     values = value.reshape(len(queries), -1, size)
     gathered = torch.empty_like(queries)
     band = min(tokens, max(16, _SCORES // (len(queries) * keys.shape[2])))
+    if tokens > band:
+        keys = keys.contiguous()  # oneDNN would rearrange them for each band
     scores = query.new_empty(len(queries) * band * keys.shape[2])
     weights = torch.empty_like(scores)
-    is_future = torch.ones(band, band, dtype=torch.bool).triu(1)
+    future = query.new_full((band, band), -torch.inf).triu(1)
     for start in range(0, tokens, band):
         end = min(start + band, tokens)
         seen = end if mask is None and tokens > 1 else keys.shape[2]
@@ -202,7 +259,7 @@ def _in_bands(
             )
         elif tokens > 1:
             here = end - start
-            own_scores[:, :, start:].masked_fill_(is_future[:here, :here], -torch.inf)
+            own_scores[:, :, start:] += future[:here, :here]
         torch.softmax(own_scores, dim=-1, out=own_weights)
         gathered[:, start:end] = torch.bmm(own_weights, values[:, :seen])
     return gathered.view(batch, heads, tokens, size).transpose(1, 2).contiguous()

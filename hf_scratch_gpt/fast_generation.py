@@ -3,7 +3,9 @@
 What is special to a device or a number format is here, so that the model's own code stays plain.
 """
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .fast_blocks import Int8Linear, PackedFeedForward, PackedLinear
+from .fast_blocks import Int8Linear, LastBlock, PackedFeedForward, PackedLinear
 from .large_pages import move_to_large_pages
+from .linear_scratch_gpt import is_changed
 from .one_token import ATTENTION, Memory, OneToken, can_compute, compiled, name_of
 
 # Formats of weights, and what torchao calls them.
@@ -78,13 +81,55 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         # transformers compiles steps over such a cache by itself
         model.generation_config.cache_implementation = "static"
         model.generation_config.max_cache_len = model.config.max_position_embeddings
+    kind = type(model)
+    members: dict[str, Any] = {"__module__": kind.__module__, "weight_format": weights}
+    if name_of(kind) == "modeling_scratch_gpt.ScratchGPTForCausalLM":
+        members["forward"] = _asking_for_less(kind.forward)
     # The same name, since it is saved with a model.
-    model.__class__ = type(
-        type(model).__name__,
-        (_FastGeneration, type(model)),
-        {"__module__": type(model).__module__, "weight_format": weights},
-    )
+    model.__class__ = type(kind.__name__, (_FastGeneration, kind), members)
     return model
+
+
+def _asking_for_less(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of a language model that computes only what is needed to score the last token."""
+
+    @functools.wraps(forward)  # `generate` looks for the names of its arguments
+    def forward_of_less(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        if len(args) < 2 and _needs_last_token_only(self, inputs, **kwargs):
+            kwargs["only_last_token"] = True
+        return forward(self, *args, **kwargs)
+
+    return forward_of_less
+
+
+def _needs_last_token_only(
+    model: Any,
+    inputs: list[torch.Tensor | None],
+    logits_to_keep: int | torch.Tensor = 0,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> bool:
+    """Whether nothing but the scores of the last token is asked for or watched."""
+    if not isinstance(logits_to_keep, int) or logits_to_keep != 1 or labels is not None:
+        return False
+    last, config = model.model.layers[-1], model.config
+    asked = ("output_hidden_states", "output_attentions")
+    return (
+        name_of(type(last)) == "fast_blocks.LastBlock"
+        and name_of(type(last.self_attn)) == "blocks_scratch_gpt.MultiHeadAttention"
+        and not any(kwargs.get(name) or getattr(config, name) for name in asked)
+        and (past_key_values is None or type(past_key_values) is DynamicCache)
+        and (attention_mask is None or isinstance(attention_mask, torch.Tensor))
+        and config._attn_implementation in ("eager", "sdpa", ATTENTION)
+        and any(given is not None and given.shape[1] > 1 for given in inputs)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not nn.modules.module._has_any_global_hook()
+        and not any(map(is_changed, (model.model, model.model.norm, *last.modules())))
+    )
 
 
 def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
@@ -107,6 +152,9 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
             and "forward" not in vars(module)
         ):
             PackedFeedForward.take_over(module)
+    last = model.model.layers[-1]
+    if name_of(type(last)) == "blocks_scratch_gpt.TransformerBlock" and not is_changed(last):
+        LastBlock.take_over(last)
     move_to_large_pages(layer.weight for layer in layers)
     for layer in layers:
         if layer.weight.dtype in packable:

@@ -37,6 +37,7 @@ _KNOWN = {
     "blocks_scratch_gpt.LayerNorm",
     "blocks_scratch_gpt.GELU",
     "linear_scratch_gpt.Linear",
+    "fast_blocks.LastBlock",
     "fast_blocks.PackedFeedForward",
     "fast_blocks.PackedLinear",
     "fast_blocks.Int8Linear",

@@ -23,7 +23,15 @@ from transformers.generation.streamers import BaseStreamer
 from .fast_blocks import Int8Linear, LastBlock, PackedFeedForward, PackedLinear
 from .large_pages import move_to_large_pages
 from .linear_scratch_gpt import is_changed
-from .one_token import ATTENTION, Memory, OneToken, can_compute, compiled, name_of
+from .one_token import (
+    ATTENTION,
+    Memory,
+    OneToken,
+    can_compute,
+    compiled,
+    is_faster_apart,
+    name_of,
+)
 
 # Formats of weights, and what torchao calls them.
 FORMATS = {
@@ -83,6 +91,7 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         model.generation_config.max_cache_len = model.config.max_position_embeddings
     kind = type(model)
     members: dict[str, Any] = {"__module__": kind.__module__, "weight_format": weights}
+    members["reads_apart"] = can_compute(model) and is_faster_apart(model.lm_head)
     if name_of(kind) == "modeling_scratch_gpt.ScratchGPTForCausalLM":
         members["forward"] = _asking_for_less(kind.forward)
     # The same name, since it is saved with a model.
@@ -193,6 +202,7 @@ class _FastGeneration(GenerationMixin):
     """Goes before a language model's own class."""
 
     weight_format: str | None
+    reads_apart: bool  # see `is_faster_apart`
 
     def _sample(
         self,
@@ -232,7 +242,7 @@ class _FastGeneration(GenerationMixin):
             )
         logits = self(input_ids, past_key_values=cache, logits_to_keep=1).logits
         memory = _borrow_memory(self)
-        one_token = OneToken(self, memory, cache)
+        one_token = OneToken(self, memory, cache, self.reads_apart)
         while True:
             scores = logits_processor(input_ids, logits[:, -1].float())
             if generation_config.do_sample:

@@ -1,10 +1,12 @@
 // One token's way through a GPT, with the keys and values of the tokens before it at hand.
 //
 // To write a token, all weights are read once and used once, so this is as fast as memory is read.
-// One thread after the other is given rows of each matrix; sums are in float32. The mathematics is
-// that of `blocks_scratch_gpt.py`; `one_token.py` compiles this file and fills in the structures.
+// Each thread is given rows of each matrix; sums are in float32. The mathematics is that of
+// `blocks_scratch_gpt.py`; `one_token.py` compiles this file and fills in the structures.
 //
 // C hidden, H heads, D head size, S tokens so far
+
+#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -50,6 +52,7 @@ struct Model {
   int64_t heads;
   int64_t room;        // for so many tokens
   int64_t inner_size;  // of the feed-forward
+  bool reads_apart;    // see `multiply`
 };
 
 inline float wide(float number) { return number; }
@@ -69,11 +72,21 @@ inline void put(BFloat16* place, float number) {
   *place = BFloat16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to the nearest, ties to even
 }
 
-template <typename T>
-float dot(const float* x, const T* y, int64_t count) {
-  float sum = 0;
-  for (int64_t i = 0; i < count; i++) sum += x[i] * wide(y[i]);
-  return sum;
+// The products of x and each of N vectors of `count` numbers, which start `distance` numbers apart.
+template <int N, typename T>
+[[gnu::noinline]] void dots(const float* x, const T* y, int64_t distance, int64_t count, float* sums) {
+  constexpr int64_t kWidth = 16;  // so many sums at once keep a processor busy
+  float parts[N][kWidth] = {};
+  const int64_t whole = count / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth)
+    for (int n = 0; n < N; n++)
+      for (int64_t j = 0; j < kWidth; j++) parts[n][j] += x[i + j] * wide(y[n * distance + i + j]);
+  for (int n = 0; n < N; n++) {
+    for (int64_t width = kWidth / 2; width > 0; width /= 2)
+      for (int64_t j = 0; j < width; j++) parts[n][j] += parts[n][width + j];
+    sums[n] = parts[n][0];
+    for (int64_t i = whole; i < count; i++) sums[n] += x[i] * wide(y[n * distance + i]);
+  }
 }
 
 // A vector to be multiplied by matrices of W.
@@ -83,8 +96,11 @@ struct Input {
 
   Input(const std::vector<float>& x) : x(x.data()) {}
 
-  float times(const Product& product, int64_t row) const {
-    return dot(x, static_cast<const W*>(product.weight) + row * product.columns, product.columns);
+  // By N rows, from `row` on, `distance` rows apart.
+  template <int N>
+  void times(const Product& product, int64_t row, int64_t distance, float* y) const {
+    const W* weight = static_cast<const W*>(product.weight) + row * product.columns;
+    dots<N>(x, weight, distance * product.columns, product.columns, y);
   }
 };
 
@@ -104,27 +120,58 @@ struct Input<int8_t> {
     for (size_t i = 0; i < x.size(); i++) x[i] = int16_t(std::lrint(exact[i] / scale));
   }
 
-  float times(const Product& product, int64_t row) const {
-    const int8_t* weight = static_cast<const int8_t*>(product.weight) + row * product.columns;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < product.columns; i++) sum += int32_t(x[i]) * int16_t(weight[i]);
-    return sum * scale * product.scale[row];
+  template <int N>
+  [[gnu::noinline]] void times(const Product& product, int64_t row, int64_t distance, float* y) const {
+    const int64_t columns = product.columns, width = N == 1 ? columns : 64;
+    const int64_t whole = columns / width * width;
+    const int8_t* weight = static_cast<const int8_t*>(product.weight) + row * columns;
+    int32_t sums[N] = {};
+    const auto add = [&](int n, int64_t i) {
+      sums[n] += int32_t(x[i]) * int16_t(weight[n * distance * columns + i]);
+    };
+    for (int64_t i = 0; i < whole; i += width)
+      for (int n = 0; n < N; n++)
+        for (int64_t j = 0; j < width; j++) add(n, i + j);
+    for (int n = 0; n < N; n++) {
+      for (int64_t i = whole; i < columns; i++) add(n, i);
+      y[n] = sums[n] * scale * product.scale[row + n * distance];
+    }
   }
 };
 
-// Hand each row of W x + bias to `use`; each thread computes some, and waits for no other.
-template <typename W, typename Use>
-void multiply(const Product& product, const Input<W>& x, Use use) {
-#pragma omp for nowait
-  for (int64_t row = 0; row < product.rows; row++) {
-    use(row, x.times(product, row) + (product.bias ? product.bias[row] : 0));
+// Hand some rows of W x + bias to `use`, those of this thread, which waits for no other. It reads N
+// of them at once, from N places of its share.
+template <int N, typename W, typename Use>
+void multiply_rows(const Product& product, const Input<W>& x, Use use) {
+  const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  const int64_t start = product.rows * thread / threads, end = product.rows * (thread + 1) / threads;
+  const int64_t distance = (end - start) / N;
+  const auto use_with_bias = [&](int64_t row, float y) {
+    use(row, product.bias ? y + product.bias[row] : y);
+  };
+  float y[N];
+  for (int64_t row = start; row < start + distance; row++) {
+    x.template times<N>(product, row, distance, y);
+    for (int n = 0; n < N; n++) use_with_bias(row + n * distance, y[n]);
   }
+  for (int64_t row = start + N * distance; row < end; row++) {
+    x.template times<1>(product, row, 0, y);
+    use_with_bias(row, y[0]);
+  }
+}
+
+// Some processors read memory faster from four places at once, others from one.
+template <typename W, typename Use>
+void multiply(const Product& product, const Input<W>& x, bool reads_apart, Use use) {
+  reads_apart ? multiply_rows<4>(product, x, use) : multiply_rows<1>(product, x, use);
 }
 
 void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>& y) {
   const int64_t count = x.size();
   float mean = 0, variance = 0;
+#pragma omp simd reduction(+ : mean)
   for (int64_t i = 0; i < count; i++) mean += x[i] / count;
+#pragma omp simd reduction(+ : variance)
   for (int64_t i = 0; i < count; i++) variance += (x[i] - mean) * (x[i] - mean) / count;
   const float factor = 1 / std::sqrt(variance + norm.eps);
   for (int64_t i = 0; i < count; i++) y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
@@ -160,9 +207,13 @@ void gelu(std::vector<float>& x, bool tanh) {
 template <typename T>
 void attend(const float* query, const T* keys, const T* values, int64_t tokens, int64_t size,
             float scaling, std::vector<float>& weights, float* gathered) {
-  for (int64_t s = 0; s < tokens; s++) weights[s] = dot(query, keys + s * size, size) * scaling;
+  for (int64_t s = 0; s < tokens; s++) {
+    dots<1>(query, keys + s * size, 0, size, &weights[s]);
+    weights[s] *= scaling;
+  }
   const float largest = *std::max_element(weights.begin(), weights.begin() + tokens);
   float sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t s = 0; s < tokens; s++) sum += weights[s] = exponential(weights[s] - largest);
   std::fill(gathered, gathered + size, 0.0f);
   for (int64_t s = 0; s < tokens; s++) {
@@ -177,6 +228,7 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
   const int64_t hidden_size = model.head.columns, size = hidden_size / model.heads;
   std::vector<float> hidden(embedded, embedded + hidden_size);
   std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.inner_size);
+  const bool apart = model.reads_apart;
 
 #pragma omp parallel num_threads(threads)
   {
@@ -192,9 +244,9 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
 
       normalize(hidden, block->input_layernorm, normalized);
       const Input<W> x(normalized);
-      multiply(block->query, x, [&](int64_t row, float y) { query[row] = y; });
-      multiply(block->key, x, [&](int64_t row, float y) { put(keys + place(row), y); });
-      multiply(block->value, x, [&](int64_t row, float y) { put(values + place(row), y); });
+      multiply(block->query, x, apart, [&](int64_t row, float y) { query[row] = y; });
+      multiply(block->key, x, apart, [&](int64_t row, float y) { put(keys + place(row), y); });
+      multiply(block->value, x, apart, [&](int64_t row, float y) { put(values + place(row), y); });
 #pragma omp barrier
 #pragma omp for
       for (int64_t head = 0; head < model.heads; head++) {
@@ -202,21 +254,33 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
         attend(&query[head * size], keys + start, values + start, position + 1, size,
                block->scaling, weights, &gathered[head * size]);
       }
-      multiply(block->out, Input<W>(gathered), [&](int64_t row, float y) { hidden[row] += y; });
+      multiply(block->out, Input<W>(gathered), apart,
+               [&](int64_t row, float y) { hidden[row] += y; });
 #pragma omp barrier
 
       normalize(hidden, block->post_attention_layernorm, normalized);
-      multiply(block->up, Input<W>(normalized),
+      multiply(block->up, Input<W>(normalized), apart,
                [&](int64_t row, float y) { inner[row] = y; });
 #pragma omp barrier
       activated = inner;
       gelu(activated, block->tanh);
-      multiply(block->down, Input<W>(activated), [&](int64_t row, float y) { hidden[row] += y; });
+      multiply(block->down, Input<W>(activated), apart,
+               [&](int64_t row, float y) { hidden[row] += y; });
 #pragma omp barrier
     }
     normalize(hidden, model.norm, normalized);
-    multiply(model.head, Input<W>(normalized), [&](int64_t row, float y) { logits[row] = y; });
+    multiply(model.head, Input<W>(normalized), apart,
+             [&](int64_t row, float y) { logits[row] = y; });
   }
+}
+
+// One product by itself, to see how fast its matrix is read.
+template <typename W>
+void multiply_alone(const Product& product, bool reads_apart, const float* x, float* y,
+                    int threads) {
+  const std::vector<float> numbers(x, x + product.columns);
+#pragma omp parallel num_threads(threads)
+  multiply(product, Input<W>(numbers), reads_apart, [&](int64_t row, float sum) { y[row] = sum; });
 }
 
 }  // namespace
@@ -241,5 +305,20 @@ void step_int8_float32(const Model* model, int64_t position, const float* embedd
 void step_int8_bfloat16(const Model* model, int64_t position, const float* embedded,
                         float* logits, int threads) {
   step<int8_t, BFloat16>(*model, position, embedded, logits, threads);
+}
+
+void multiply_float32(const Product* product, bool reads_apart, const float* x, float* y,
+                      int threads) {
+  multiply_alone<float>(*product, reads_apart, x, y, threads);
+}
+
+void multiply_bfloat16(const Product* product, bool reads_apart, const float* x, float* y,
+                       int threads) {
+  multiply_alone<BFloat16>(*product, reads_apart, x, y, threads);
+}
+
+void multiply_int8(const Product* product, bool reads_apart, const float* x, float* y,
+                   int threads) {
+  multiply_alone<int8_t>(*product, reads_apart, x, y, threads);
 }
 }

@@ -8,7 +8,14 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
-from hf_scratch_gpt.one_token import Memory, OneToken, can_compute, compiled
+from hf_scratch_gpt.one_token import (
+    Memory,
+    OneToken,
+    can_compute,
+    compiled,
+    is_faster_apart,
+    multiply_seconds,
+)
 
 from .models import random_ids, random_model
 
@@ -16,11 +23,11 @@ READ = 5
 
 
 @torch.no_grad()
-def logits_by_steps(model, ids):
+def logits_by_steps(model, ids, reads_apart=False):
     """Scores after each of `ids` (1, T) but the first few, which are read at once."""
     cache = DynamicCache(config=model.config)
     model(ids[:, :READ], past_key_values=cache)
-    step = OneToken(model, Memory(model.config, model.dtype), cache)
+    step = OneToken(model, Memory(model.config, model.dtype), cache, reads_apart)
     return torch.cat([step.logits_after(token[None, None]) for token in ids[0, READ:]], dim=1)
 
 
@@ -101,19 +108,33 @@ def test_int8_of_a_vector_of_zeros():
     assert (logits_by_steps(model, ids) == 0).all()
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @torch.no_grad()
-def test_any_number_of_threads_gives_the_same():
-    model, ids = make(), random_ids(1, 12)
+def test_any_number_of_threads_and_places_gives_the_same(weights):
+    model, ids = make(torch.bfloat16 if weights == "bfloat16" else torch.float32), random_ids(1, 12)
+    if weights == "int8":
+        optimize_for_generation(model, weights="int8")
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(logits_by_steps(model, ids))
+            results += [logits_by_steps(model, ids, reads_apart=apart) for apart in (False, True)]
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[1], results[0])  # each row is one thread's
-    assert torch.equal(results[2], results[0])
+    assert all(torch.equal(result, results[0]) for result in results)  # each row is one thread's
+
+
+@torch.no_grad()
+def test_which_way_to_read_is_tried(monkeypatch):
+    layer = torch.nn.Linear(200, 50)
+    assert multiply_seconds(layer, True) > 0
+    for apart, together, choice in ((1.0, 2.0, True), (2.0, 1.0, False)):
+        seconds = {True: apart, False: together}
+        monkeypatch.setattr(
+            "hf_scratch_gpt.one_token.multiply_seconds", lambda layer, way, by=seconds: by[way]
+        )
+        assert is_faster_apart(layer) is choice
 
 
 def test_what_it_cannot_compute():

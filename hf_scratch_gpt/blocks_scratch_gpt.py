@@ -21,10 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
 from .linear_scratch_gpt import (
     Linear,
-    autocast_product,
     cast,
-    is_autocast_training,
+    has_own_product,
     is_changed,
+    own_product,
 )
 
 
@@ -110,7 +110,7 @@ class FeedForward(nn.Module):
         inner = self.up_proj(hidden_states)
         if self._can_fuse(inner):
             down: Any = self.down_proj
-            narrowed = autocast_product(inner, down.weight, down.bias, gelu=self.activation.form)
+            narrowed = own_product(inner, down.weight, down.bias, gelu=self.activation.form)
         else:
             narrowed = self.down_proj(self.activation(inner))
         return self.dropout(narrowed)
@@ -122,7 +122,7 @@ class FeedForward(nn.Module):
             and self.activation.fused
             and type(self.down_proj) is Linear
             and not (is_changed(self.activation) or is_changed(self.down_proj))
-            and is_autocast_training(inner, self.down_proj.weight)
+            and has_own_product(inner, self.down_proj.weight)
         )
 
 

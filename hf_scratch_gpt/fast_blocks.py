@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks_scratch_gpt import FeedForward, TransformerBlock, masked_attention
-from .linear_scratch_gpt import by_onednn, is_changed, is_plain_inference, linear
+from .linear_scratch_gpt import SLOW_DTYPES, by_onednn, is_changed, is_plain_inference, linear
 from .one_token import ATTENTION
 
 _PIECE = 2**22  # numbers that are turned back from int8 at a time
@@ -173,13 +173,14 @@ class Int8Linear(nn.Linear):
         if self.weight.dtype != torch.int8:  # tied anew to the embedding
             return linear(input, self.weight, self.bias)
         # Without its scale, a product may be too large for float16.
-        x = input.float() if input.dtype == torch.float16 else input
+        is_wide = input.dtype == torch.float16 or input.dtype in SLOW_DTYPES
+        x = input.float() if is_wide else input
         pieces = self.weight.split(max(1, _PIECE // self.in_features))
         products = [linear(x, piece.to(x.dtype), None) for piece in pieces]
         product = torch.cat(products, -1) * self.weight_scale.to(products[0].dtype)
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
-        return product.to(input.dtype) if input.dtype == torch.float16 else product
+        return product.to(input.dtype)
 
 
 def _bands_or_sdpa(

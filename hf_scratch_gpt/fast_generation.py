@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .fast_blocks import Int8Linear, LastBlock, PackedFeedForward, PackedLinear
 from .large_pages import move_to_large_pages
-from .linear_scratch_gpt import is_changed
+from .linear_scratch_gpt import SLOW_DTYPES, is_changed
 from .one_token import (
     ATTENTION,
     Memory,
@@ -168,7 +168,8 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
     for layer in layers:
         if layer.weight.dtype in packable:
             PackedLinear.take_over(layer)
-    if model.config._attn_implementation == "sdpa" and model.dtype == torch.bfloat16:
+    has_bands = model.dtype == torch.bfloat16 and model.dtype not in SLOW_DTYPES
+    if model.config._attn_implementation == "sdpa" and has_bands:
         model.set_attn_implementation(ATTENTION)
 
 

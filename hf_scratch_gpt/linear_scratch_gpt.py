@@ -1,5 +1,6 @@
 """The linear layer, with ways of its own where a CPU answers slower than it could."""
 
+import platform
 from typing import Any
 
 import torch
@@ -10,7 +11,28 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _ROWS = 2**9  # rows that GELU is applied to at a time
+_PIECE = 2**20  # numbers of a matrix that are turned into float32 at a time; a cache holds them
+_FEW = 3  # vectors that half precision multiplies as fast as float32, which is more to write
 _HAS_ONEDNN = mkldnn.is_available()
+
+
+def _slow_dtypes() -> frozenset[torch.dtype]:
+    """Types of half precision that this processor, an x86, has no instructions for.
+
+    torch then multiplies at a tenth of float32's speed, and some products at a hundredth.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return frozenset()
+    has_instructions = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return frozenset(
+        dtype for dtype, has in has_instructions.items() if not (_HAS_ONEDNN and has())
+    )
+
+
+SLOW_DTYPES = _slow_dtypes()
 
 
 class Linear(nn.Linear):
@@ -22,6 +44,8 @@ class Linear(nn.Linear):
     in bfloat16 it is oneDNN's, which rearranges the matrix each time, where torch's own reads it as
     it lies, twice as fast; and compiled code calls the same slow products, where the sum written
     out becomes a loop that reads as fast as memory gives.
+
+    Half precision that the CPU has no instructions for is multiplied in float32.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -38,10 +62,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
                 return written_out(x, weight, bias)
         elif _HAS_ONEDNN and x.dtype == torch.float32:
             return by_onednn(x, weight, bias)
+        elif x.dtype in SLOW_DTYPES and x.numel() > _FEW * x.shape[-1]:
+            return by_float32(x, weight, bias)
         elif x.dtype == torch.bfloat16 and is_one_token(x) and weight.is_contiguous():
             return without_onednn(x, weight, bias)
-    if is_right and is_autocast_training(x, weight):
-        return autocast_product(x, weight, bias)
+    if is_right and has_own_product(x, weight):
+        return own_product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -55,14 +81,23 @@ def is_plain_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def is_autocast_training(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether gradients are asked for under autocast on a CPU, and nothing is in the way."""
+def has_own_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `own_product` is better than torch's, and nothing is in the way.
+
+    It is for training under autocast on a CPU, and where the CPU has no instructions for the half
+    precision that would be multiplied.
+    """
+    is_autocast, is_training = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+    dtype = torch.get_autocast_dtype("cpu") if is_autocast else weight.dtype
+    is_slow = dtype in SLOW_DTYPES
+    if is_autocast:
+        is_better = weight.dtype == torch.float32 and (is_training or is_slow)
+    else:
+        is_better = is_training and is_slow
     return (
         x.is_cpu
-        and torch.is_grad_enabled()
-        and torch.is_autocast_enabled("cpu")
-        and weight.dtype == torch.float32
-        and x.dtype in (torch.float32, torch.get_autocast_dtype("cpu"))
+        and is_better
+        and x.dtype in (weight.dtype, dtype)
         and not torch.compiler.is_compiling()
         and _is_plain(weight)
     )
@@ -158,23 +193,36 @@ def cast(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def autocast_product(
+def by_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of `x` (..., C) and `weight` (D, C), in half precision, by way of float32."""
+    wide, rows = x.float(), max(1, _PIECE // weight.shape[1])
+    pieces = weight.split(rows)
+    biases = [None] * len(pieces) if bias is None else bias.float().split(rows)
+    products = [
+        linear(wide, piece.float(), of_piece).to(x.dtype)
+        for piece, of_piece in zip(pieces, biases, strict=True)
+    ]
+    return torch.cat(products, dim=-1)
+
+
+def own_product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None
 ) -> torch.Tensor:
-    """The product of `x` (..., C) and `weight` (D, C), (..., D), plus `bias`, under autocast.
+    """The product of `x` (..., C) and `weight` (D, C), (..., D), plus `bias`, as under autocast.
 
     `gelu` is a form of GELU, "tanh" or "none", to be applied to `x` first.
 
     torch keeps, until the backward pass, a copy of each weight in half precision, and both what
     goes into GELU and what comes out. Here the copy is made anew, and GELU computed anew, when they
-    are needed, in a thirtieth of the time that the products take.
+    are needed, in a thirtieth of the time that the products take. Where the CPU has no instructions
+    for half precision, float32 is multiplied, and what comes of it is rounded.
     """
     x = cast(x) if gelu is None else cast(x).contiguous()
-    result: torch.Tensor = _AutocastProduct.apply(x, weight, bias, gelu)
+    result: torch.Tensor = _OwnProduct.apply(x, weight, bias, gelu)
     return result
 
 
-class _AutocastProduct(torch.autograd.Function):
+class _OwnProduct(torch.autograd.Function):
     """Keeps `x`, before GELU, and the weight itself; makes of them anew what backward needs."""
 
     @staticmethod
@@ -187,34 +235,52 @@ class _AutocastProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gelu, ctx.bias_dtype = gelu, None if bias is None else bias.dtype
-        narrow, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if gelu is None:
-            return F.linear(x, narrow, bias)
-        # A few rows at a time, as memory of that size is at hand: fresh memory is slow.
-        pieces = x.view(-1, x.shape[-1]).split(_ROWS)
-        made = [F.linear(F.gelu(rows, approximate=gelu), narrow, bias) for rows in pieces]
+        dtype = _multiplied_as(x.dtype)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            if gelu is None:
+                return F.linear(x.to(dtype), weight, bias).to(x.dtype)
+            # A few rows at a time, as memory of that size is at hand: fresh memory is slow.
+            made = []
+            for rows in x.view(-1, x.shape[-1]).split(_ROWS):
+                activated = F.gelu(rows, approximate=gelu).to(dtype)
+                made.append(F.linear(activated, weight, bias).to(x.dtype))
         return torch.cat(made).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = None
-        rows = grad.reshape(-1, grad.shape[-1])  # (N, D)
-        into = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
-        if wants_weight:
-            grad_weight = (rows.T @ into.reshape(-1, into.shape[-1])).to(weight.dtype)
-        if wants_bias:
-            grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        if wants_x:
-            narrow = weight.to(grad.dtype)
-            if ctx.gelu is None:
-                grad_x = grad @ narrow
-            elif torch.is_grad_enabled():  # the gradient will be differentiated
-                grad_x = torch.ops.aten.gelu_backward(grad @ narrow, x, approximate=ctx.gelu)
-            else:
-                torch.mm(rows, narrow, out=into.view(-1, narrow.shape[1]))
-                grad_x = torch.ops.aten.gelu_backward.grad_input(
-                    into, x, approximate=ctx.gelu, grad_input=into
-                )
-        return grad_x, grad_weight, grad_bias, None
+        with torch.autocast("cpu", enabled=False):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """What `_OwnProduct.backward` gives: the gradients of its inputs."""
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+    grad_x = grad_weight = grad_bias = None
+    dtype = _multiplied_as(grad.dtype)
+    rows = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, D)
+    into = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
+    if wants_weight:
+        grad_weight = (rows.T @ into.reshape(-1, into.shape[-1]).to(dtype)).to(weight.dtype)
+    if wants_bias:
+        grad_bias = rows.sum(0).to(ctx.bias_dtype)
+    if wants_x:
+        weight = weight.to(dtype)
+        if ctx.gelu is not None and dtype == into.dtype and not torch.is_grad_enabled():
+            grad_x = torch.mm(rows, weight, out=into.view(-1, into.shape[-1]))
+        else:
+            grad_x = (rows @ weight).to(x.dtype)
+        grad_x = grad_x.view(x.shape)
+        if ctx.gelu is not None and torch.is_grad_enabled():  # it will be differentiated
+            grad_x = torch.ops.aten.gelu_backward(grad_x, x, approximate=ctx.gelu)
+        elif ctx.gelu is not None:
+            grad_x = torch.ops.aten.gelu_backward.grad_input(
+                grad_x, x, approximate=ctx.gelu, grad_input=grad_x
+            )
+    return grad_x, grad_weight, grad_bias, None
+
+
+def _multiplied_as(dtype: torch.dtype) -> torch.dtype:
+    """The type in which the CPU multiplies numbers of `dtype`."""
+    return torch.float32 if dtype in SLOW_DTYPES else dtype

@@ -9,6 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .linear_scratch_gpt import SLOW_DTYPES
+
 PIECE = 2**26  # bytes of logits at a time
 _BLOCK = 2**21  # logits that are turned into a gradient at a time
 _WORDS = 2**12  # rows of the weight whose gradients are summed at a time
@@ -55,6 +57,8 @@ def chunked_causal_loss(
     dtype, device = weight.dtype, weight.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and dtype in SLOW_DTYPES:
+        dtype = torch.float32
     divisor = torch.as_tensor(
         len(counted) if num_items_in_batch is None else num_items_in_batch,
         dtype=torch.float32,

@@ -45,6 +45,15 @@ def logged_warnings(request):
     assert expected or not records, records
 
 
+@pytest.fixture(params=[False, True], ids=["half", "no-half"])
+def slow_half(request, monkeypatch):
+    """A CPU that has instructions for half precision, then one that has none."""
+    slow = frozenset([torch.bfloat16, torch.float16] if request.param else [])
+    for module in ("linear_scratch_gpt", "loss_scratch_gpt", "fast_blocks", "fast_generation"):
+        monkeypatch.setattr(f"hf_scratch_gpt.{module}.SLOW_DTYPES", slow)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def openai_tiny() -> Path:
     """A release in OpenAI's layout, with the logits that OpenAI's code computes on it."""

@@ -16,7 +16,7 @@ from hf_scratch_gpt import (
 )
 from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
 from hf_scratch_gpt.fast_blocks import ATTENTION, Int8Linear, PackedFeedForward, PackedLinear
-from hf_scratch_gpt.linear_scratch_gpt import Linear
+from hf_scratch_gpt.linear_scratch_gpt import SLOW_DTYPES, Linear
 
 from .models import random_ids, random_model
 
@@ -93,14 +93,17 @@ def test_what_torchs_kernel_alone_can_do(name):
     assert torch.equal(own, sdpa_attention_forward(*arguments, scaling=0.3, **given)[0])
 
 
+@pytest.mark.usefixtures("slow_half")
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_int8_in_float16_does_not_overflow():
-    layer = torch.nn.Linear(3072, 8).half()
+def test_int8_in_half_precision(kind):
+    """In float16 a product without its scale would overflow."""
+    layer = torch.nn.Linear(3072, 8).to(kind)
     layer.weight.copy_(torch.rand(8, 3072) * 0.02)
-    x, exact = torch.full((1, 3072), 2.0).half(), copy.deepcopy(layer).float()
+    x, exact = torch.full((1, 3072), 2.0).to(kind), copy.deepcopy(layer).float()
     Int8Linear.take_over(layer)
     y = layer(x)
-    assert y.dtype == torch.float16
+    assert y.dtype == kind
     torch.testing.assert_close(y.float(), exact(x.float()), atol=0.1, rtol=0.01)
 
 
@@ -108,6 +111,8 @@ def test_int8_in_float16_does_not_overflow():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_packed_feed_forward(dtype, form):
+    if dtype in SLOW_DTYPES:
+        pytest.skip("this CPU has no instructions for bfloat16, and oneDNN packs nothing")
     config = ScratchGPTConfig(n_embd=48, n_head=4, activation_function=form)
     mlp = FeedForward(config).eval().to(dtype)
     x = torch.randn(2, 5, 48, dtype=dtype)

@@ -1,14 +1,17 @@
 """The linear layer gives what torch's gives, wherever it takes a way of its own."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_scratch_gpt.linear_scratch_gpt import Linear, autocast_product
+from hf_scratch_gpt.linear_scratch_gpt import Linear, own_product
 
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+pytestmark = pytest.mark.usefixtures("slow_half")
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def layer(dtype=torch.float32, bias=True):
@@ -37,6 +40,7 @@ def test_eager(dtype, shape, bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_compiled(dtype, rows):
+    torch.compiler.reset()  # one function is not compiled any number of times
     linear, x = layer(dtype), torch.randn(1, rows, 48, dtype=dtype)
     y = torch.compile(linear, fullgraph=True, dynamic=False)(x)
     torch.testing.assert_close(
@@ -132,7 +136,7 @@ def by_torch(x, weight, bias, gelu):
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 def test_training_under_autocast(narrow, shape, bias, gelu):
     linear, start, results = layer(bias=bias), torch.randn(shape), []
-    for function in (autocast_product, by_torch):
+    for function in (own_product, by_torch):
         x = start.clone().requires_grad_()
         linear.zero_grad()
         with torch.autocast("cpu", dtype=narrow):
@@ -165,14 +169,14 @@ def test_frozen_parts_get_no_gradient_under_autocast(frozen):
     parts = {"x": x, "weight": linear.weight, "bias": linear.bias}
     parts[frozen].requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast_product(x, linear.weight, linear.bias, gelu="tanh").sum().backward()
+        own_product(x, linear.weight, linear.bias, gelu="tanh").sum().backward()
     assert {name for name, part in parts.items() if part.grad is None} == {frozen}
 
 
 @pytest.mark.parametrize("gelu", [None, "tanh"])
 def test_gradients_under_autocast_can_be_differentiated(gelu):
     linear, start, results = layer(), torch.randn(3, 48), []
-    for function in (autocast_product, by_torch):
+    for function in (own_product, by_torch):
         x = start.clone().requires_grad_()
         linear.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -187,5 +191,49 @@ def test_gradients_under_autocast_can_be_differentiated(gelu):
 def test_autocast_compiled():
     linear, x = layer(), torch.randn(3, 48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = linear(x)
-        torch.testing.assert_close(torch.compile(linear, fullgraph=True)(x), expected)
+        results = linear(x), torch.compile(linear, fullgraph=True)(x)
+    for y in results:
+        torch.testing.assert_close(y.double(), in_float64(linear, x), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("gelu", [None, "tanh"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_training_in_half_precision(kind, gelu):
+    """Without autocast: a model that is in half precision itself."""
+    linear, start, results = layer(kind), torch.randn(700, 48).to(kind), []
+    for dtype in (kind, torch.float64):
+        exact, x = copy.deepcopy(linear).to(dtype), start.to(dtype, copy=True).requires_grad_()
+        if dtype == kind and gelu is not None:
+            y = own_product(x, exact.weight, exact.bias, gelu)
+        else:
+            y = exact(x if gelu is None else nn.functional.gelu(x, approximate=gelu))
+        y.sum().backward()
+        results.append([y, x.grad, *(p.grad for p in exact.parameters())])
+    for own, exact in zip(*results, strict=True):
+        assert own.dtype == kind
+        assert (own.double() - exact).norm() <= 0.01 * exact.norm()
+
+
+@torch.no_grad()
+def test_evaluation_under_autocast():
+    linear, x = layer(), torch.randn(5, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linear(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), in_float64(linear, x), atol=2e-2, rtol=2e-2)
+
+
+@torch.no_grad()
+def test_half_precision_in_pieces(slow_half, monkeypatch):
+    """No more of a matrix is in float32 at a time than is good for the cache."""
+    monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt._PIECE", 1000)
+    linear, x, calls = layer(torch.bfloat16), torch.randn(5, 48).bfloat16(), []
+    monkeypatch.setattr(
+        "hf_scratch_gpt.linear_scratch_gpt.by_onednn",
+        lambda x, weight, bias: (
+            calls.append(weight.numel()) or nn.functional.linear(x, weight, bias)
+        ),
+    )
+    y = linear(x)
+    assert calls == ([960] * 4 if slow_half else [])
+    torch.testing.assert_close(y.double(), in_float64(linear, x), atol=2e-2, rtol=2e-2)

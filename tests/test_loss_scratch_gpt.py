@@ -91,6 +91,7 @@ def test_gradients_twice():
     assert torch.equal(weight.grad, 2 * once)
 
 
+@pytest.mark.usefixtures("slow_half")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_keeps_its_digits(dtype):
     hidden, weight = torch.randn(1, 2000, 16), torch.randn(VOCABULARY, 16) / 4
@@ -124,6 +125,7 @@ def models():
     return pair
 
 
+@pytest.mark.usefixtures("slow_half")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_model_trains_as_before(autocast):
     ids = random_ids(4, 20)

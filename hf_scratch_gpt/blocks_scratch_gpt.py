@@ -8,6 +8,7 @@ kernel stands beside it: `config.fused_kernels` chooses for LayerNorm and GELU, 
 # B batch, T query tokens, S key tokens, C hidden, H heads, D head size
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
+from .half_scratch_gpt import attend_in_float32, is_slow_attention
 from .linear_scratch_gpt import (
     Linear,
     cast,
@@ -232,6 +234,8 @@ class MultiHeadAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", masked_attention
         )
+        if is_slow_attention(query):
+            attend = partial(attend_in_float32, attend)
         gathered, weights = attend(
             self,
             query,

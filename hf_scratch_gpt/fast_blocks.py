@@ -16,7 +16,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks_scratch_gpt import FeedForward, TransformerBlock, masked_attention
-from .linear_scratch_gpt import SLOW_DTYPES, by_onednn, is_changed, is_plain_inference, linear
+from .half_scratch_gpt import SLOW_DTYPES
+from .linear_scratch_gpt import by_onednn, is_changed, is_plain_inference, linear
 from .one_token import ATTENTION
 
 _PIECE = 2**22  # numbers that are turned back from int8 at a time

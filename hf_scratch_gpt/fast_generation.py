@@ -21,8 +21,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .fast_blocks import Int8Linear, LastBlock, PackedFeedForward, PackedLinear
+from .half_scratch_gpt import SLOW_DTYPES
 from .large_pages import move_to_large_pages
-from .linear_scratch_gpt import SLOW_DTYPES, is_changed
+from .linear_scratch_gpt import is_changed
 from .one_token import (
     ATTENTION,
     Memory,

@@ -1,6 +1,5 @@
 """The linear layer, with ways of its own where a CPU answers slower than it could."""
 
-import platform
 from typing import Any
 
 import torch
@@ -10,29 +9,12 @@ from torch.backends import mkldnn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .half_scratch_gpt import SLOW_DTYPES, multiplied_as
+
 _ROWS = 2**9  # rows that GELU is applied to at a time
 _PIECE = 2**20  # numbers of a matrix that are turned into float32 at a time; a cache holds them
 _FEW = 3  # vectors that half precision multiplies as fast as float32, which is more to write
 _HAS_ONEDNN = mkldnn.is_available()
-
-
-def _slow_dtypes() -> frozenset[torch.dtype]:
-    """Types of half precision that this processor, an x86, has no instructions for.
-
-    torch then multiplies at a tenth of float32's speed, and some products at a hundredth.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return frozenset()
-    has_instructions = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return frozenset(
-        dtype for dtype, has in has_instructions.items() if not (_HAS_ONEDNN and has())
-    )
-
-
-SLOW_DTYPES = _slow_dtypes()
 
 
 class Linear(nn.Linear):
@@ -235,52 +217,81 @@ class _OwnProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gelu, ctx.bias_dtype = gelu, None if bias is None else bias.dtype
-        dtype = _multiplied_as(x.dtype)
+        dtype = multiplied_as(x.dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast("cpu", enabled=False):
-            if gelu is None:
-                return F.linear(x.to(dtype), weight, bias).to(x.dtype)
-            # A few rows at a time, as memory of that size is at hand: fresh memory is slow.
-            made = []
-            for rows in x.view(-1, x.shape[-1]).split(_ROWS):
-                activated = F.gelu(rows, approximate=gelu).to(dtype)
-                made.append(F.linear(activated, weight, bias).to(x.dtype))
-        return torch.cat(made).view(*x.shape[:-1], len(weight))
+            if gelu is None and dtype == x.dtype:
+                return F.linear(x, weight, bias)
+            result = x.new_empty(*x.shape[:-1], len(weight))
+            pieces = x.reshape(-1, x.shape[-1]).split(_ROWS)
+            for rows, out in zip(pieces, result.view(-1, len(weight)).split(_ROWS), strict=True):
+                activated = rows if gelu is None else F.gelu(rows, approximate=gelu)
+                out.copy_(F.linear(activated.to(dtype), weight, bias))
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        is_slow, is_differentiated = grad.dtype in SLOW_DTYPES, torch.is_grad_enabled()
+        gradients = _wide_gradients if is_slow and not is_differentiated else _gradients
         with torch.autocast("cpu", enabled=False):
-            return _gradients(ctx, grad)
-
-
-def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """What `_OwnProduct.backward` gives: the gradients of its inputs."""
-    x, weight = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-    grad_x = grad_weight = grad_bias = None
-    dtype = _multiplied_as(grad.dtype)
-    rows = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, D)
-    into = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
-    if wants_weight:
-        grad_weight = (rows.T @ into.reshape(-1, into.shape[-1]).to(dtype)).to(weight.dtype)
-    if wants_bias:
-        grad_bias = rows.sum(0).to(ctx.bias_dtype)
-    if wants_x:
-        weight = weight.to(dtype)
-        if ctx.gelu is not None and dtype == into.dtype and not torch.is_grad_enabled():
-            grad_x = torch.mm(rows, weight, out=into.view(-1, into.shape[-1]))
-        else:
-            grad_x = (rows @ weight).to(x.dtype)
-        grad_x = grad_x.view(x.shape)
-        if ctx.gelu is not None and torch.is_grad_enabled():  # it will be differentiated
-            grad_x = torch.ops.aten.gelu_backward(grad_x, x, approximate=ctx.gelu)
-        elif ctx.gelu is not None:
-            grad_x = torch.ops.aten.gelu_backward.grad_input(
-                grad_x, x, approximate=ctx.gelu, grad_input=grad_x
+            grad_x, grad_weight, grad_bias = gradients(
+                x, weight, grad.reshape(-1, len(weight)), ctx.gelu, ctx.needs_input_grad
             )
-    return grad_x, grad_weight, grad_bias, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None
 
 
-def _multiplied_as(dtype: torch.dtype) -> torch.dtype:
-    """The type in which the CPU multiplies numbers of `dtype`."""
-    return torch.float32 if dtype in SLOW_DTYPES else dtype
+_Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def _gradients(
+    x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, gelu: str | None, wants: list[bool]
+) -> _Gradients:
+    """Gradients of `x` (..., C), `weight` (D, C) and the bias (D,), made of `grad` (N, D)."""
+    wants_x, wants_weight, wants_bias, _ = wants
+    grad_x = grad_weight = None
+    into = (x if gelu is None else F.gelu(x, approximate=gelu)).reshape(-1, x.shape[-1])
+    if wants_weight:
+        grad_weight = (grad.T @ into).to(weight.dtype)
+    if wants_x:
+        narrow = weight.to(grad.dtype)
+        if gelu is None:
+            grad_x = (grad @ narrow).view(x.shape)
+        elif torch.is_grad_enabled():  # the gradient will be differentiated
+            product = (grad @ narrow).view(x.shape)
+            grad_x = torch.ops.aten.gelu_backward(product, x, approximate=gelu)
+        else:
+            product = torch.mm(grad, narrow, out=into).view(x.shape)
+            grad_x = torch.ops.aten.gelu_backward.grad_input(
+                product, x, approximate=gelu, grad_input=product
+            )
+    return grad_x, grad_weight, grad.sum(0) if wants_bias else None
+
+
+def _wide_gradients(
+    x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, gelu: str | None, wants: list[bool]
+) -> _Gradients:
+    """The same by way of float32, a few rows at a time."""
+    wants_x, wants_weight, wants_bias, _ = wants
+    factor, inputs = weight.float(), x.reshape(-1, x.shape[-1])
+    grad_x = torch.empty_like(inputs) if wants_x else None
+    grad_weight = torch.zeros_like(factor) if wants_weight else None
+    grad_bias = factor.new_zeros(len(factor)) if wants_bias else None
+    for start in range(0, len(inputs), _ROWS):
+        rows = slice(start, start + _ROWS)
+        of_rows, into = grad[rows].float(), inputs[rows].float()
+        activated = into if gelu is None else F.gelu(into, approximate=gelu)
+        if grad_weight is not None:
+            grad_weight.addmm_(of_rows.T, activated)
+        if grad_bias is not None:
+            grad_bias += of_rows.sum(0)
+        if grad_x is not None:
+            product = torch.mm(of_rows, factor)
+            if gelu is not None:
+                product = torch.ops.aten.gelu_backward(product, into, approximate=gelu)
+            grad_x[rows] = product
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+    return None if grad_x is None else grad_x.view(x.shape), grad_weight, grad_bias

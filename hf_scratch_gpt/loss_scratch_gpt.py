@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .linear_scratch_gpt import SLOW_DTYPES
+from .half_scratch_gpt import SLOW_DTYPES
 
 PIECE = 2**26  # bytes of logits at a time
 _BLOCK = 2**21  # logits that are turned into a gradient at a time

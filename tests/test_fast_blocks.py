@@ -16,7 +16,8 @@ from hf_scratch_gpt import (
 )
 from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
 from hf_scratch_gpt.fast_blocks import ATTENTION, Int8Linear, PackedFeedForward, PackedLinear
-from hf_scratch_gpt.linear_scratch_gpt import SLOW_DTYPES, Linear
+from hf_scratch_gpt.half_scratch_gpt import SLOW_DTYPES
+from hf_scratch_gpt.linear_scratch_gpt import Linear
 
 from .models import random_ids, random_model
 

@@ -1,0 +1,71 @@
+"""Half precision on CPUs that have no instructions for it: what is done in float32 instead."""
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.backends import mkldnn
+
+
+def _slow_dtypes() -> frozenset[torch.dtype]:
+    """Types of half precision that this processor, an x86, has no instructions for.
+
+    torch then multiplies at a tenth of float32's speed, and some products at a hundredth.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return frozenset()
+    has_instructions = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    is_there = mkldnn.is_available()
+    return frozenset(dtype for dtype, has in has_instructions.items() if not (is_there and has()))
+
+
+SLOW_DTYPES = _slow_dtypes()
+
+
+def multiplied_as(dtype: torch.dtype) -> torch.dtype:
+    """The type in which the CPU multiplies numbers of `dtype`."""
+    return torch.float32 if dtype in SLOW_DTYPES else dtype
+
+
+def is_slow_attention(query: torch.Tensor) -> bool:
+    """Whether attention of `query`, in training, is better computed in float32."""
+    return query.is_cpu and query.dtype in SLOW_DTYPES and torch.is_grad_enabled()
+
+
+def attend_in_float32(
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attend`, an attention function of transformers', on inputs in float32, its results rounded.
+
+    Shapes are those of `masked_attention`. What is kept for the backward pass is kept in the dtype
+    of the inputs.
+    """
+    dtype = query.dtype
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+
+    def narrow(kept: torch.Tensor) -> torch.Tensor:
+        is_by_token = kept.ndim == 4 and kept.dtype == torch.float32
+        return kept.to(dtype) if is_by_token else kept
+
+    def wide(kept: torch.Tensor) -> torch.Tensor:
+        return kept.float() if kept.dtype == dtype else kept
+
+    with (
+        torch.autocast("cpu", enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(narrow, wide),
+    ):
+        gathered, weights = attend(
+            module, query.float(), key.float(), value.float(), attention_mask, **kwargs
+        )
+    return gathered.to(dtype), None if weights is None else weights.to(dtype)

@@ -33,7 +33,13 @@ def multiplied_as(dtype: torch.dtype) -> torch.dtype:
 
 def is_slow_attention(query: torch.Tensor) -> bool:
     """Whether attention of `query`, in training, is better computed in float32."""
-    return query.is_cpu and query.dtype in SLOW_DTYPES and torch.is_grad_enabled()
+    return (
+        query.is_cpu
+        and query.dtype in SLOW_DTYPES
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def attend_in_float32(

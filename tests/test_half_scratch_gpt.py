@@ -1,0 +1,66 @@
+"""Training in half precision, whether the CPU has instructions for it or not."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_scratch_gpt import ScratchGPTForCausalLM
+
+from .models import random_ids, random_model
+
+pytestmark = pytest.mark.usefixtures("slow_half")
+
+
+def gradients(model, dtype, mask=None):
+    ids = random_ids(2, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
+        loss = model(ids, attention_mask=mask, labels=ids).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", ["autocast", torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients(attention, dtype, padded):
+    model = random_model(ScratchGPTForCausalLM, attn_implementation=attention, drop_rate=0.0)
+    model.train()
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :5] = 0
+    given = mask if padded else None
+    torch.manual_seed(1)
+    exact = gradients(copy.deepcopy(model).double(), torch.float64, given)
+    torch.manual_seed(1)
+    own = gradients(model if dtype == "autocast" else model.to(dtype), dtype, given)
+    assert own[0] == pytest.approx(exact[0], rel=1e-2)
+    assert (own[1] - exact[1]).norm() < 0.05 * exact[1].norm()
+
+
+def test_gradient_checkpointing():
+    model = random_model(ScratchGPTForCausalLM, drop_rate=0.0).train()
+    results = []
+    for is_on in (False, True):
+        if is_on:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(1)
+        results.append(gradients(model, "autocast")[1])
+    torch.testing.assert_close(results[1], results[0], atol=1e-3, rtol=1e-2)
+
+
+def test_dropout_in_attention():
+    model = random_model(ScratchGPTForCausalLM, drop_rate=0.1).train()
+    loss, gradient = gradients(model, "autocast")
+    assert loss > 0
+    assert gradient.isfinite().all()
+
+
+def test_attention_answers_in_half_precision():
+    model = random_model(ScratchGPTForCausalLM, drop_rate=0.0).train()
+    dtypes = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_hook(lambda module, args, output: dtypes.append(output[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(random_ids(2, 20))
+    assert dtypes == [torch.bfloat16]

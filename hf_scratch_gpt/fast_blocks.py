@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks_scratch_gpt import FeedForward, TransformerBlock, masked_attention
-from .half_scratch_gpt import SLOW_DTYPES
+from .half_scratch_gpt import is_slow
 from .linear_scratch_gpt import by_onednn, is_changed, is_plain_inference, linear
 from .one_token import ATTENTION
 
@@ -174,7 +174,7 @@ class Int8Linear(nn.Linear):
         if self.weight.dtype != torch.int8:  # tied anew to the embedding
             return linear(input, self.weight, self.bias)
         # Without its scale, a product may be too large for float16.
-        is_wide = input.dtype == torch.float16 or input.dtype in SLOW_DTYPES
+        is_wide = input.dtype == torch.float16 or is_slow(input.dtype)
         x = input.float() if is_wide else input
         pieces = self.weight.split(max(1, _PIECE // self.in_features))
         products = [linear(x, piece.to(x.dtype), None) for piece in pieces]

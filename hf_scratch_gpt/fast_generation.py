@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .fast_blocks import Int8Linear, LastBlock, PackedFeedForward, PackedLinear
-from .half_scratch_gpt import SLOW_DTYPES
+from .half_scratch_gpt import is_slow
 from .large_pages import move_to_large_pages
 from .linear_scratch_gpt import is_changed
 from .one_token import (
@@ -169,7 +169,7 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
     for layer in layers:
         if layer.weight.dtype in packable:
             PackedLinear.take_over(layer)
-    has_bands = model.dtype == torch.bfloat16 and model.dtype not in SLOW_DTYPES
+    has_bands = model.dtype == torch.bfloat16 and not is_slow(model.dtype)
     if model.config._attn_implementation == "sdpa" and has_bands:
         model.set_attn_implementation(ATTENTION)
 

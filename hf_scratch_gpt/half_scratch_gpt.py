@@ -23,19 +23,24 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, has in has_instructions.items() if not (is_there and has()))
 
 
-SLOW_DTYPES = _slow_dtypes()
+_SLOW_DTYPES = _slow_dtypes()
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether the CPU has no instructions for `dtype`."""
+    return dtype in _SLOW_DTYPES
 
 
 def multiplied_as(dtype: torch.dtype) -> torch.dtype:
     """The type in which the CPU multiplies numbers of `dtype`."""
-    return torch.float32 if dtype in SLOW_DTYPES else dtype
+    return torch.float32 if is_slow(dtype) else dtype
 
 
 def is_slow_attention(query: torch.Tensor) -> bool:
     """Whether attention of `query`, in training, is better computed in float32."""
     return (
         query.is_cpu
-        and query.dtype in SLOW_DTYPES
+        and is_slow(query.dtype)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

@@ -9,7 +9,7 @@ from torch.backends import mkldnn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .half_scratch_gpt import SLOW_DTYPES, multiplied_as
+from .half_scratch_gpt import is_slow, multiplied_as
 
 _ROWS = 2**9  # rows that GELU is applied to at a time
 _PIECE = 2**20  # numbers of a matrix that are turned into float32 at a time; a cache holds them
@@ -44,7 +44,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
                 return written_out(x, weight, bias)
         elif _HAS_ONEDNN and x.dtype == torch.float32:
             return by_onednn(x, weight, bias)
-        elif x.dtype in SLOW_DTYPES and x.numel() > _FEW * x.shape[-1]:
+        elif is_slow(x.dtype) and x.numel() > _FEW * x.shape[-1]:
             return by_float32(x, weight, bias)
         elif x.dtype == torch.bfloat16 and is_one_token(x) and weight.is_contiguous():
             return without_onednn(x, weight, bias)
@@ -71,11 +71,10 @@ def has_own_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """
     is_autocast, is_training = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
     dtype = torch.get_autocast_dtype("cpu") if is_autocast else weight.dtype
-    is_slow = dtype in SLOW_DTYPES
     if is_autocast:
-        is_better = weight.dtype == torch.float32 and (is_training or is_slow)
+        is_better = weight.dtype == torch.float32 and (is_training or is_slow(dtype))
     else:
-        is_better = is_training and is_slow
+        is_better = is_training and is_slow(dtype)
     return (
         x.is_cpu
         and is_better
@@ -232,8 +231,9 @@ class _OwnProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        is_slow, is_differentiated = grad.dtype in SLOW_DTYPES, torch.is_grad_enabled()
-        gradients = _wide_gradients if is_slow and not is_differentiated else _gradients
+        is_differentiated = torch.is_grad_enabled()
+        is_wide = is_slow(grad.dtype) and not is_differentiated
+        gradients = _wide_gradients if is_wide else _gradients
         with torch.autocast("cpu", enabled=False):
             grad_x, grad_weight, grad_bias = gradients(
                 x, weight, grad.reshape(-1, len(weight)), ctx.gelu, ctx.needs_input_grad

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .half_scratch_gpt import SLOW_DTYPES
+from .half_scratch_gpt import multiplied_as
 
 PIECE = 2**26  # bytes of logits at a time
 _BLOCK = 2**21  # logits that are turned into a gradient at a time
@@ -57,8 +57,8 @@ def chunked_causal_loss(
     dtype, device = weight.dtype, weight.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    if device == "cpu" and dtype in SLOW_DTYPES:
-        dtype = torch.float32
+    if device == "cpu":
+        dtype = multiplied_as(dtype)
     divisor = torch.as_tensor(
         len(counted) if num_items_in_batch is None else num_items_in_batch,
         dtype=torch.float32,

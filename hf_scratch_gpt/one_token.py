@@ -27,7 +27,7 @@ _FLAGS = (
     "-fno-math-errno -fno-signed-zeros -fno-trapping-math"
 )
 ATTENTION = "bands_or_sdpa"  # what transformers is told to call that of `fast_blocks`
-_TRIALS = 5
+_TRIALS = 5  # of each way to read a matrix; the fastest counts
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # The modules whose mathematics the C++ knows. By name, as a model's own folder may have brought
 # its own copies of these files.

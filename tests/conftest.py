@@ -49,9 +49,7 @@ def logged_warnings(request):
 def slow_half(request, monkeypatch):
     """A CPU that has instructions for half precision, then one that has none."""
     slow = frozenset([torch.bfloat16, torch.float16] if request.param else [])
-    importing = ("linear_scratch_gpt", "loss_scratch_gpt", "fast_blocks", "fast_generation")
-    for module in ("half_scratch_gpt", *importing):
-        monkeypatch.setattr(f"hf_scratch_gpt.{module}.SLOW_DTYPES", slow)
+    monkeypatch.setattr("hf_scratch_gpt.half_scratch_gpt._SLOW_DTYPES", slow)
     return request.param
 
 

@@ -16,7 +16,7 @@ from hf_scratch_gpt import (
 )
 from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
 from hf_scratch_gpt.fast_blocks import ATTENTION, Int8Linear, PackedFeedForward, PackedLinear
-from hf_scratch_gpt.half_scratch_gpt import SLOW_DTYPES
+from hf_scratch_gpt.half_scratch_gpt import is_slow
 from hf_scratch_gpt.linear_scratch_gpt import Linear
 
 from .models import random_ids, random_model
@@ -112,7 +112,7 @@ def test_int8_in_half_precision(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_packed_feed_forward(dtype, form):
-    if dtype in SLOW_DTYPES:
+    if is_slow(dtype):
         pytest.skip("this CPU has no instructions for bfloat16, and oneDNN packs nothing")
     config = ScratchGPTConfig(n_embd=48, n_head=4, activation_function=form)
     mlp = FeedForward(config).eval().to(dtype)

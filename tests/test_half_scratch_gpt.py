@@ -50,10 +50,22 @@ def test_gradient_checkpointing():
 
 
 def test_dropout_in_attention():
-    model = random_model(ScratchGPTForCausalLM, drop_rate=0.1).train()
-    loss, gradient = gradients(model, "autocast")
-    assert loss > 0
-    assert gradient.isfinite().all()
+    """The same seed drops the same weights, forward and backward; without dropout, none."""
+    model = random_model(ScratchGPTForCausalLM, drop_rate=0.0).train()
+    ids, results = random_ids(2, 20), []
+    for dropout, seed in ((0.5, 1), (0.5, 1), (0.5, 2), (0.0, 1), (0.0, 2)):
+        for block in model.model.layers:
+            block.self_attn.attention_dropout = dropout
+        model.zero_grad()
+        torch.manual_seed(seed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(ids, labels=ids).loss.backward()
+        results.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    same, again, other, none, none_again = results
+    torch.testing.assert_close(again, same)
+    torch.testing.assert_close(none_again, none)
+    assert (other - same).norm() > 0.1 * same.norm()
+    assert (none - same).norm() > 0.1 * same.norm()
 
 
 def test_attention_answers_in_half_precision():

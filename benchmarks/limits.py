@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_scratch_gpt.half_scratch_gpt import multiplied_as
 from hf_scratch_gpt.large_pages import move_to_large_pages
 from hf_scratch_gpt.one_token import multiply_seconds
 
@@ -23,7 +24,8 @@ def read_bandwidth(device: str) -> float:
 
 @torch.no_grad()
 def matrix_peak(dtype: torch.dtype, device: str, rows: int = 1024, hidden: int = 768) -> float:
-    """FLOP a second of the feed-forward's product, `rows` tokens at once."""
+    """FLOP a second of the feed-forward's product, `rows` tokens at once, in the fastest type."""
+    dtype = multiplied_as(dtype) if device == "cpu" else dtype
     x = torch.randn(rows, hidden, device=device, dtype=dtype)
     weight = torch.randn(4 * hidden, hidden, device=device, dtype=dtype)
     seconds = best_seconds(lambda: torch.nn.functional.linear(x, weight), device)

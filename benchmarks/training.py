@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .peers import in_our_format
+from hf_scratch_gpt import ScratchGPTConfig
+from hf_scratch_gpt.half_scratch_gpt import is_slow
+
+from .limits import matrix_peak
+from .peers import DTYPES, in_our_format
 from .timing import rates
 
-BATCH, LENGTH, STEPS = 2, 1024, 4
+BATCH, STEPS, SHORT_STEPS = 2, 4, 50
 # In a process of its own, since peak memory is a process's.
 STEP = """
 import json, re, sys
@@ -18,7 +22,7 @@ from benchmarks.timing import seconds_of
 from transformers import GPT2LMHeadModel
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
-name, folder, *sizes, device = sys.argv[1:]
+name, folder, dtype, *sizes, device = sys.argv[1:]
 batch, length, steps = map(int, sizes)
 none = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
 if name == "GPT2LMHeadModel":
@@ -37,7 +41,7 @@ losses, times = [], []
 def step():
     ids = frequency.multinomial(batch * length, replacement=True, generator=generator)
     ids = ids.view(batch, length).to(device)
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = model(ids, labels=ids).loss
     loss.backward()
     optimizer.step()
@@ -56,13 +60,21 @@ print(json.dumps({"seconds": times[1:], "losses": losses, "peak": peak}))
 NAMES = ("GPT2LMHeadModel", "ours", "ours, chunked loss")
 
 
-def run(name: str, folder: Path, batch: int, length: int, steps: int, device: str) -> dict:
+def lengths(dtype: str, device: str) -> tuple[int, int]:
+    """Tokens of a text in the steps that are timed, and in those whose losses are compared.
+
+    Fewer where the CPU has no instructions for `dtype`: the peer multiplies a hundred times slower.
+    """
+    return (64, 8) if device == "cpu" and is_slow(DTYPES[dtype]) else (1024, 64)
+
+
+def run(name: str, folder: Path, dtype: str, length: int, steps: int, device: str) -> dict:
     """Seconds a step, losses and peak memory of one model."""
     # Weights that are split as they are read stay in memory twice, as pages of the file.
     folder = folder if name == "GPT2LMHeadModel" else in_our_format(folder)
-    sizes = [str(number) for number in (batch, length, steps)]
+    sizes = [str(number) for number in (BATCH, length, steps)]
     done = subprocess.run(
-        [sys.executable, "-c", STEP, name, folder, *sizes, device],
+        [sys.executable, "-c", STEP, name, folder, dtype, *sizes, device],
         check=True,
         capture_output=True,
         text=True,
@@ -70,14 +82,28 @@ def run(name: str, folder: Path, batch: int, length: int, steps: int, device: st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def training(folder: Path, rounds: int, device: str) -> dict[str, Any]:
-    """All under bfloat16 autocast with AdamW, in turns; then 50 short steps for the losses."""
+def flops(folder: Path, length: int) -> int:
+    """Of a token in a training step: 6 for each weight of a matrix, and attention's.
+
+    A token reads half of the others on average; scores and sums are two products, each forward
+    and twice backward. (Kaplan et al. 2020, section 2.1, with the head.)
+    """
+    config = ScratchGPTConfig.from_pretrained(folder)
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    weights = 12 * layers * hidden**2 + config.vocab_size * hidden
+    return 6 * weights + 6 * layers * length * hidden
+
+
+def training(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
+    """AdamW, under autocast where `dtype` is bfloat16; then short steps for the losses."""
+    length, short = lengths(dtype, device)
     results: dict[str, list[dict]] = {name: [] for name in NAMES}
     for _ in range(rounds):
         for name in NAMES:
-            results[name].append(run(name, folder, BATCH, LENGTH, STEPS, device))
-    tokens = BATCH * LENGTH
-    curves = {name: run(name, folder, 2, 64, 50, device)["losses"] for name in NAMES}
+            results[name].append(run(name, folder, dtype, length, STEPS, device))
+    curves = {
+        name: run(name, folder, dtype, short, SHORT_STEPS, device)["losses"] for name in NAMES
+    }
     exact = curves["GPT2LMHeadModel"]
     seconds = {
         name: [second for result in runs for second in result["seconds"]]
@@ -85,7 +111,9 @@ def training(folder: Path, rounds: int, device: str) -> dict[str, Any]:
     }
     return {
         "unit": "tokens/s",
-        "rates": rates(tokens, seconds),
+        "rates": rates(BATCH * length, seconds),
+        "limit": matrix_peak(DTYPES[dtype], device) / flops(folder, length),
+        "tokens": {"texts": BATCH, "of each": length, "of each for losses": short},
         "peak, GB": {n: max(r["peak"] for r in runs) / 1e9 for n, runs in results.items()},
         "largest relative difference of 50 losses": {
             name: max(abs(a - b) / b for a, b in zip(curve, exact, strict=True))

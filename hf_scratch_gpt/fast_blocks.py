@@ -87,6 +87,7 @@ class PackedFeedForward(FeedForward):
         mlp.__class__ = cls
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `hidden_states` (B, T, C) to (B, T, C)."""
         up: Any = self.up_proj
         is_watched = is_changed(up) or is_changed(self.activation)
         if type(up) is not PackedLinear or is_watched or not up.is_packed_for(hidden_states):
@@ -171,6 +172,7 @@ class Int8Linear(nn.Linear):
         layer.register_buffer("weight_scale", scale)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map `input` (..., C) to (..., D)."""
         if self.weight.dtype != torch.int8:  # tied anew to the embedding
             return linear(input, self.weight, self.bias)
         # Without its scale, a product may be too large for float16.

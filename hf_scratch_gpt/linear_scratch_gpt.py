@@ -214,6 +214,7 @@ class _OwnProduct(torch.autograd.Function):
         bias: torch.Tensor | None,
         gelu: str | None,
     ) -> torch.Tensor:
+        """The product (..., D); shapes and `gelu` as `own_product` takes them."""
         ctx.save_for_backward(x, weight)
         ctx.gelu, ctx.bias_dtype = gelu, None if bias is None else bias.dtype
         dtype = multiplied_as(x.dtype)
@@ -230,6 +231,7 @@ class _OwnProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the arguments of `forward`, made of the product's, `grad` (..., D)."""
         x, weight = ctx.saved_tensors
         is_differentiated = torch.is_grad_enabled()
         is_wide = is_slow(grad.dtype) and not is_differentiated

@@ -91,6 +91,7 @@ class _LossOfPieces(torch.autograd.Function):
         divisor: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
+        """The loss of `hidden` (N, C), `weight` (V, C), `labels` (N,); products are of `dtype`."""
         wants_weight = ctx.needs_input_grad[1]  # a frozen head needs no gradient
         ctx.dtypes = hidden.dtype, weight.dtype
         hidden, narrow = hidden.to(dtype), weight.to(dtype)
@@ -120,6 +121,7 @@ class _LossOfPieces(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients that `forward` has computed, times that of the loss, a number."""
         of_hidden, of_weight = ctx.dtypes
         grad_hidden, grad_weight = ctx.saved_tensors
         # To look at a number on a GPU is to wait for it.

@@ -2,12 +2,19 @@
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    ContinuousBatchingConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from hf_scratch_gpt import ScratchGPTConfig
 
 VOCABULARY = 97
 POSITIONS = 64
+# Of continuous batching, which otherwise takes most of the machine's memory for its cache.
+SMALL_CACHE = ContinuousBatchingConfig(page_size=32, num_blocks=32, max_batch_tokens=64)
 
 
 def randomize(model: nn.Module) -> nn.Module:

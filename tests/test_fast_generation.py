@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
 from hf_scratch_gpt.one_token import OneToken
 
-from .models import random_ids, random_model
+from .models import SMALL_CACHE, random_ids, random_model
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +383,10 @@ def test_continuous_batching(dtype):
     prompts = [random_ids(1, length)[0].tolist() for length in (3, 5)]
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     before, after = (
-        [output.generated_tokens for output in each.generate_batch(prompts, config).values()]
+        [
+            output.generated_tokens
+            for output in each.generate_batch(prompts, config, SMALL_CACHE).values()
+        ]
         for each in (model, optimize_for_generation(copy.deepcopy(model)))
     )
     assert [len(tokens) for tokens in after] == [4, 4]

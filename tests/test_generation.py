@@ -6,7 +6,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, StaticCache, set_see
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
-from .models import VOCABULARY, random_gpt2, random_ids
+from .models import SMALL_CACHE, VOCABULARY, random_gpt2, random_ids
 
 WAYS = {
     "greedy": dict(do_sample=False),
@@ -94,7 +94,7 @@ def test_continuous_batching_equals_gpt2s_and_single_prompts(gpt2_folder, implem
     results = []
     for model_class in (GPT2LMHeadModel, ScratchGPTForCausalLM):
         model = model_class.from_pretrained(gpt2_folder, attn_implementation=implementation)
-        answers = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+        answers = model.generate_batch(prompts, config, SMALL_CACHE, progress_bar=False)
         by_prompt = {
             tuple(answer.prompt_ids): answer.generated_tokens for answer in answers.values()
         }

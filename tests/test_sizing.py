@@ -249,9 +249,9 @@ def print_peak_of_gpt2(batch_size: int, length: int) -> None:
     print(resident("VmHWM") - before)
 
 
-# The update is where most lives, the loss by a little, the loss by far.
+# The update is where most lives, then the loss.
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
-@pytest.mark.parametrize(("batch_size", "length"), [(1, 256), (4, 256), (2, 512)])
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 256), (2, 512)])
 def test_memory_to_train_gpt2_is_that_of_a_process(batch_size, length):
     call = f"from tests.test_sizing import *; print_peak_of_gpt2({batch_size}, {length})"
     # glibc's other threshold grows with what is freed, and then its heap keeps holes: the process

@@ -260,11 +260,18 @@ def test_a_signal_stops_with_a_checkpoint_to_go_on_from(number, strategy, run, l
         assert values(result.history, name) == values(whole.history, name)
 
 
-def test_a_second_interrupt_ends_at_once(run, tmp_path, logged_warnings):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interruptible():
+    """As in a terminal; a shell starts what runs in the background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_ends_at_once(run, tmp_path, logged_warnings, interruptible):
     with pytest.raises(KeyboardInterrupt):
         run(callbacks=[Signals(3, signal.SIGINT, signal.SIGINT)])
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not list((tmp_path / "run").glob("checkpoint-3"))
 
 

@@ -1,8 +1,8 @@
-"""The parts of a GPT, in the order in which data flows through one transformer block.
+"""The parts of a GPT, from the smallest to the transformer block that is made of them.
 
 Each block writes its mathematics out. Where torch has a fused kernel for the same formula, the
 kernel stands beside it: `config.fused_kernels` chooses for LayerNorm and GELU, transformers'
-`attn_implementation` for attention. Both paths give the same numbers.
+`attn_implementation` for attention. Both paths give the same numbers, up to rounding.
 """
 
 # B batch, T query tokens, S key tokens, C hidden, H heads, D head size
@@ -71,7 +71,7 @@ class GELU(nn.Module):
     Hendrycks & Gimpel 2016.
 
     Args:
-        form: "tanh" for the approximation, "none" for the exact function.
+        form: "tanh" for the approximation, "none" for the exact function (torch's names).
         fused: use torch's kernel.
     """
 
@@ -84,9 +84,13 @@ class GELU(nn.Module):
         """Apply the function to every element of `x`."""
         if self.fused:
             return F.gelu(x, approximate=self.form)
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))  # 1 + tanh(...) loses digits near 0
         if self.form == "none":
-            return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+            y = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+        else:
+            y = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return y.to(dtype)
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, fused={self.fused}"
@@ -109,8 +113,8 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C), each token by itself."""
-        inner = self.up_proj(hidden_states)
-        if self._can_fuse(inner):
+        inner = self.up_proj(hidden_states)  # (B, T, 4 C), or as wide as is configured
+        if self._can_fuse(inner):  # as below, in one step that keeps less for the backward pass
             down: Any = self.down_proj
             narrowed = own_product(inner, down.weight, down.bias, gelu=self.activation.form)
         else:
@@ -149,8 +153,8 @@ def masked_attention(
         key: what each token offers, (B, H, S, D).
         value: what each token tells, (B, H, S, D).
         attention_mask: (B, 1, T, S), 0 where a token may look and a very negative number where it
-            may not. Without one, the last of the T tokens sees all S, the one before it all but the
-            last, and so on.
+            may not; or True and False. Without one, the last of the T tokens sees all S, the one
+            before it all but the last, and so on.
         scaling: what scores are multiplied by, one over the square root of D.
         dropout: probability of dropping a weight.
         is_causal: False lets every token see all S where there is no mask; None asks `module`.
@@ -163,7 +167,10 @@ def masked_attention(
     # number for the sum of a score and the mask.
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if attention_mask is not None:
-        scores = scores + attention_mask
+        if attention_mask.dtype == torch.bool:  # True where a token may look
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
     elif module.is_causal if is_causal is None else is_causal:
         tokens, keys = scores.shape[-2:]
         is_future = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device)
@@ -222,19 +229,21 @@ class MultiHeadAttention(nn.Module):
             (B, T, C), and the attention weights (B, H, T, S) where the implementation computes
             them.
         """
-        hidden_states = cast(hidden_states)
+        hidden_states = cast(hidden_states)  # under autocast, once for all three projections
+        # -1, as tensor parallelism leaves this process some of the heads.
         tokens_by_heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(tokens_by_heads).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden_states).view(tokens_by_heads).transpose(1, 2)  # (B, H, T, D)
         value = self.v_proj(hidden_states).view(tokens_by_heads).transpose(1, 2)  # (B, H, T, D)
         if past_key_values is not None:
+            # S: the earlier tokens and these T. Without a cache S is T.
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
 
         # Outside a model, nobody has chosen an implementation.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", masked_attention
         )
-        if is_slow_attention(query):
+        if is_slow_attention(query, is_fused=attend is not masked_attention):
             attend = partial(attend_in_float32, attend)
         gathered, weights = attend(
             self,

@@ -6,6 +6,8 @@ attention in bfloat16 has a way of its own.
 
 import copy
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from .half_scratch_gpt import is_slow
 from .linear_scratch_gpt import by_onednn, is_changed, is_plain_inference, linear
 from .one_token import ATTENTION
 
+_SAMPLED = 64  # numbers of a weight that are compared
 _PIECE = 2**22  # numbers that are turned back from int8 at a time
 _OF_SDPA = ("is_causal", "position_bias", "cache", "softcap")  # what it alone can do
 _SCORES = 3 * 2**19  # scores at a time: they stay in a core's cache
@@ -33,7 +36,7 @@ class PackedLinear(nn.Linear):
     @classmethod
     def take_over(cls, layer: nn.Linear) -> None:
         """Make `layer` one of these."""
-        packed = _Packed(layer.weight.detach())
+        packed = _Packed(layer.weight)
         layer.__class__ = cls
         layer.packed = packed  # type: ignore[assignment]
 
@@ -47,9 +50,8 @@ class PackedLinear(nn.Linear):
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
         made.__dict__ = copy.deepcopy(self.__dict__, memo)
-        is_valid = self.packed.state == _state(self.weight)
-        made.packed = copy.copy(self.packed)
-        made.packed.state = _state(made.weight) if is_valid else ()
+        if self.packed.is_of(self.weight):
+            made.packed = _Packed(made.weight, self.packed.weight)
         return made
 
     def is_packed_for(self, input: torch.Tensor) -> bool:
@@ -57,25 +59,60 @@ class PackedLinear(nn.Linear):
         return (
             not torch.compiler.is_compiling()
             and is_plain_inference(input, self.weight)
-            and self.packed.state == _state(self.weight)
+            and self.packed.is_of(self.weight)
         )
 
 
 class _Packed:
-    """A weight in oneDNN's order, which torch cannot copy; copies of a layer share it."""
+    """A weight in oneDNN's order, which torch cannot copy; copies of a layer share it.
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.state = _state(weight)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    Args:
+        weight: (D, C).
+        packed: what packing it gives, if it is known.
+    """
+
+    def __init__(self, weight: torch.Tensor, packed: torch.Tensor | None = None) -> None:
+        if packed is None:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.weight: torch.Tensor = packed
+        self._original = weakref.ref(weight)
+        self._state, self._sample = _state(weight), _sample(weight).clone()
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether `weight` is what was packed, and unchanged."""
+        return (
+            self._original() is weight
+            and self._state == _state(weight)
+            and torch.equal(self._sample, _sample(weight))
+        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> "_Packed":
         return self
 
 
 def _state(weight: torch.Tensor) -> tuple[object, ...]:
-    """Changes when `weight` does, unless by way of `weight.data`."""
+    """Changes when `weight` does, unless it is written to by way of `weight.data`."""
     version = None if weight.is_inference() else weight._version
-    return version, weight.dtype, weight.shape
+    return version, weight.data_ptr(), weight.dtype, weight.shape
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """A few numbers that lie far apart: they tell what `_state` misses, as an adapter merged."""
+    numbers = weight.detach().diagonal()
+    return numbers[:: max(1, len(numbers) // _SAMPLED)]
+
+
+def _subclass(own: type, kind: type) -> type:
+    """`own` and `kind` in one.
+
+    `kind` need not be the class that `own` is derived from: a model's own folder may have brought
+    its own, which transformers looks for.
+    """
+    return (
+        own
+        if issubclass(own, kind)
+        else type(own.__name__, (own, kind), {"__module__": own.__module__})
+    )
 
 
 class PackedFeedForward(FeedForward):
@@ -83,8 +120,8 @@ class PackedFeedForward(FeedForward):
 
     @classmethod
     def take_over(cls, mlp: nn.Module) -> None:
-        """Make `mlp`, whose layers are packed and whose activation is GELU, one of these."""
-        mlp.__class__ = cls
+        """Make `mlp`, whose activation is GELU, one of these."""
+        mlp.__class__ = _subclass(cls, type(mlp))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C)."""
@@ -105,7 +142,7 @@ class LastBlock(TransformerBlock):
     @classmethod
     def take_over(cls, block: TransformerBlock) -> None:
         """Make `block` one of these."""
-        block.__class__ = cls
+        block.__class__ = _subclass(cls, type(block))
 
     def forward(
         self,
@@ -170,6 +207,19 @@ class Int8Linear(nn.Linear):
         layer.__class__ = cls
         layer.weight = nn.Parameter(quantized, requires_grad=False)  # not in place: it may be tied
         layer.register_buffer("weight_scale", scale)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> "Int8Linear":
+        """Move or convert; the scale keeps its data type, as others may have too few digits."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise ValueError("the weights are in int8; save the model before it is optimized")
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise ValueError("the weights are in int8; load before the model is optimized")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from .fast_blocks import Int8Linear, LastBlock, PackedFeedForward, PackedLinear
 from .half_scratch_gpt import is_slow
 from .large_pages import move_to_large_pages
-from .linear_scratch_gpt import is_changed
+from .linear_scratch_gpt import is_changed, is_plain
 from .one_token import (
     ATTENTION,
     Memory,
@@ -34,6 +34,7 @@ from .one_token import (
     name_of,
 )
 
+_BLOCK = "blocks_scratch_gpt.TransformerBlock"
 # Formats of weights, and what torchao calls them.
 FORMATS = {
     "int8": "Int8WeightOnlyConfig",
@@ -52,7 +53,8 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
 
     The outputs are those of before, up to the order in which sums are rounded. Change weights, add
     adapters, choose data type and device before, not afterwards, and pickle nothing; a weight
-    that is changed all the same, but by way of its `data`, is used unpacked. A text goes the
+    that is replaced or changed all the same is used unpacked, but a change of a few of its numbers
+    by way of its `data` goes unseen. A text goes the
     ordinary way if the C++ would not give the same: with hooks, adapters, a function between the
     feed-forward's layers that is no GELU, padding, or in float16.
 
@@ -72,6 +74,11 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         RuntimeError: the compiler fails.
     """
     if not isinstance(model, GenerationMixin):
+        if hasattr(model, "get_base_model"):  # PEFT's
+            raise ValueError(
+                f"{type(model).__name__} holds the model apart; give model.merge_and_unload(), or "
+                "model.get_base_model()"
+            )
         raise ValueError(f"{type(model).__name__} cannot generate; give a language model")
     if isinstance(model, _FastGeneration):
         raise ValueError("the model is optimized already; load it again to change the weights")
@@ -79,6 +86,8 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         raise ValueError("the model is in training mode; call model.eval() first")
     if weights is not None and weights not in FORMATS:
         raise ValueError(f"weights={weights!r} is no format; give one of {', '.join(FORMATS)}")
+    if model.device.type == "meta":
+        raise ValueError("the model is on the device meta, without numbers; load its weights first")
     if model.device.type == "cpu":
         if weights not in (None, "int8"):
             raise ValueError(f"weights={weights!r} needs a GPU; give 'int8' on a CPU")
@@ -125,10 +134,14 @@ def _needs_last_token_only(
     """Whether nothing but the scores of the last token is asked for or watched."""
     if not isinstance(logits_to_keep, int) or logits_to_keep != 1 or labels is not None:
         return False
-    last, config = model.model.layers[-1], model.config
+    layers, config = model.model.layers, model.config
+    last = layers[-1]
     asked = ("output_hidden_states", "output_attentions")
     return (
         name_of(type(last)) == "fast_blocks.LastBlock"
+        # The others are told as well, and have to know what to do with it.
+        and all(name_of(type(layer)) == _BLOCK for layer in layers[:-1])
+        and not last.training
         and name_of(type(last.self_attn)) == "blocks_scratch_gpt.MultiHeadAttention"
         and not any(kwargs.get(name) or getattr(config, name) for name in asked)
         and (past_key_values is None or type(past_key_values) is DynamicCache)
@@ -137,7 +150,6 @@ def _needs_last_token_only(
         and any(given is not None and given.shape[1] > 1 for given in inputs)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not nn.modules.module._has_any_global_hook()
         and not any(map(is_changed, (model.model, model.model.norm, *last.modules())))
     )
 
@@ -152,18 +164,19 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
     # Ours alone, by name: an adapter's layers, or whatever else there is, stay as they are.
     for module in model.modules():
         kind = name_of(type(module))
-        if kind == "linear_scratch_gpt.Linear" and "forward" not in vars(module):
+        if "forward" in vars(module):
+            continue
+        if kind == "linear_scratch_gpt.Linear" and is_plain(module.weight):
             if weights == "int8":
                 Int8Linear.take_over(module)
             layers.append(module)
         elif (
             kind == "blocks_scratch_gpt.FeedForward"
             and name_of(type(module.activation)) == "blocks_scratch_gpt.GELU"
-            and "forward" not in vars(module)
         ):
             PackedFeedForward.take_over(module)
     last = model.model.layers[-1]
-    if name_of(type(last)) == "blocks_scratch_gpt.TransformerBlock" and not is_changed(last):
+    if name_of(type(last)) == _BLOCK and not is_changed(last):
         LastBlock.take_over(last)
     move_to_large_pages(layer.weight for layer in layers)
     for layer in layers:
@@ -226,7 +239,7 @@ class _FastGeneration(GenerationMixin):
             and cache.get_seq_length() == 0
             and not getattr(cache, "_is_user_defined", False)
             and not torch.is_autocast_enabled("cpu")
-            and (mask is None or bool(mask.all()))
+            and (mask is None or (mask.shape == input_ids.shape and bool(mask.all())))
             and not (synced_gpus or generation_config.return_dict_in_generate)
             and "inputs_embeds" not in model_kwargs
             and (positions is None or torch.equal(positions[0], torch.arange(input_ids.shape[1])))

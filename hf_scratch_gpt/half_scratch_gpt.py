@@ -36,14 +36,16 @@ def multiplied_as(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_slow(dtype) else dtype
 
 
-def is_slow_attention(query: torch.Tensor) -> bool:
-    """Whether attention of `query`, in training, is better computed in float32."""
+def is_slow_attention(query: torch.Tensor, is_fused: bool) -> bool:
+    """Whether attention of `query` is better computed in float32.
+
+    torch's fused kernel is slow in the backward pass alone; products written out always are.
+    """
     return (
         query.is_cpu
         and is_slow(query.dtype)
-        and torch.is_grad_enabled()
+        and (torch.is_grad_enabled() or not is_fused)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -58,25 +60,12 @@ def attend_in_float32(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend`, an attention function of transformers', on inputs in float32, its results rounded.
 
-    Shapes are those of `masked_attention`. What is kept for the backward pass is kept in the dtype
-    of the inputs.
+    Shapes are those of `masked_attention`.
     """
-    dtype = query.dtype
     if isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
-
-    def narrow(kept: torch.Tensor) -> torch.Tensor:
-        is_by_token = kept.ndim == 4 and kept.dtype == torch.float32
-        return kept.to(dtype) if is_by_token else kept
-
-    def wide(kept: torch.Tensor) -> torch.Tensor:
-        return kept.float() if kept.dtype == dtype else kept
-
-    with (
-        torch.autocast("cpu", enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(narrow, wide),
-    ):
+    with torch.autocast("cpu", enabled=False):
         gathered, weights = attend(
             module, query.float(), key.float(), value.float(), attention_mask, **kwargs
         )
-    return gathered.to(dtype), None if weights is None else weights.to(dtype)
+    return gathered.to(query.dtype), None if weights is None else weights.to(query.dtype)

@@ -13,8 +13,8 @@ def move_to_large_pages(parameters: Iterable[torch.Tensor]) -> None:
     """Move the numbers of `parameters`, on a CPU, side by side into new memory, in large pages.
 
     They stay the same objects with the same numbers. Nothing happens where the system has no large
-    pages; a parameter that other processes see, that is not contiguous or made in inference mode
-    stays where it is.
+    pages or not so much memory; a parameter that other processes see, that is not contiguous or
+    made in inference mode stays where it is.
     """
     # Once for all that share their numbers, as tied weights may.
     places: dict[tuple[object, ...], list[torch.Tensor]] = {}
@@ -46,9 +46,9 @@ def _large_pages(size: int) -> mmap.mmap | None:
     """So many bytes of memory, freed with the last tensor that lies there."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
-    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
+        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a Linux without them
+    except OSError:  # no memory, or a Linux without them
         return None
     return region

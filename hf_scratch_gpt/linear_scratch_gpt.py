@@ -1,5 +1,7 @@
 """The linear layer, with ways of its own where a CPU answers slower than it could."""
 
+# C length of an input vector, D of an output vector, N vectors
+
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ _HAS_ONEDNN = mkldnn.is_available()
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b: torch's own layer, faster on CPUs where no gradient is asked for.
+    """y = x W^T + b: torch's own layer, faster on CPUs.
 
     To write one token a model reads all its weights, so the speed of memory is the limit. Three of
     torch's ways stay far below it (figures in `benchmarks/NOTES.md`): in float32 the product of a
@@ -27,7 +29,8 @@ class Linear(nn.Linear):
     it lies, twice as fast; and compiled code calls the same slow products, where the sum written
     out becomes a loop that reads as fast as memory gives.
 
-    Half precision that the CPU has no instructions for is multiplied in float32.
+    Half precision that the CPU has no instructions for is multiplied in float32, and training under
+    autocast keeps less for the backward pass: see `own_product`.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -37,20 +40,37 @@ class Linear(nn.Linear):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The product of `x` (..., C) and `weight` (D, C), (..., D), plus `bias`."""
-    is_right = x.shape[-1:] == weight.shape[-1:]  # torch has the better error
-    if x.is_cpu and is_right and is_plain_inference(x, weight):
+    if not _fit(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if is_plain_inference(x, weight):
         if torch.compiler.is_compiling():
             if is_one_token(x):
                 return written_out(x, weight, bias)
-        elif _HAS_ONEDNN and x.dtype == torch.float32:
+        elif _HAS_ONEDNN and x.dtype == torch.float32 and mkldnn.enabled:
             return by_onednn(x, weight, bias)
         elif is_slow(x.dtype) and x.numel() > _FEW * x.shape[-1]:
             return by_float32(x, weight, bias)
         elif x.dtype == torch.bfloat16 and is_one_token(x) and weight.is_contiguous():
             return without_onednn(x, weight, bias)
-    if is_right and has_own_product(x, weight):
+    if has_own_product(x, weight):
         return own_product(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether these are a CPU's and go together; with others torch knows better what to do."""
+    return (
+        x.is_cpu
+        and weight.is_cpu
+        and weight.layout == torch.strided
+        and weight.ndim == 2
+        and not x.is_nested
+        and x.shape[-1:] == weight.shape[-1:]
+        and (
+            bias is None
+            or (bias.is_cpu and bias.dtype == weight.dtype and bias.shape == weight.shape[:1])
+        )
+    )
 
 
 def is_plain_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -59,7 +79,7 @@ def is_plain_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
         not torch.is_grad_enabled()
         and x.dtype == weight.dtype
         and not torch.is_autocast_enabled("cpu")
-        and _is_plain(weight)
+        and is_plain(weight)
     )
 
 
@@ -80,12 +100,12 @@ def has_own_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and is_better
         and x.dtype in (weight.dtype, dtype)
         and not torch.compiler.is_compiling()
-        and _is_plain(weight)
+        and is_plain(weight)
     )
 
 
-def _is_plain(weight: torch.Tensor) -> bool:
-    """Whether no tracing and no other type of tensor is in the way."""
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether `weight` is an ordinary tensor, and nothing traces, maps or watches operators."""
     return (
         type(weight) in (nn.Parameter, torch.Tensor)
         and not torch.compiler.is_exporting()
@@ -103,7 +123,10 @@ def is_one_token(x: torch.Tensor) -> bool:
 
 
 def is_changed(part: nn.Module) -> bool:
-    """Whether hooks or a `forward` of its own change what `part` gives, or look at it."""
+    """Whether hooks or a `forward` of its own change what `part` gives, or look at it.
+
+    Hooks on all modules count as well.
+    """
     hooks = [
         hook
         for of_a_kind in (
@@ -116,7 +139,11 @@ def is_changed(part: nn.Module) -> bool:
     ]
     # transformers leaves hooks behind that look for hidden states, if they were ever asked for.
     watchers = "transformers.utils.output_capturing"
-    return "forward" in vars(part) or any(hook.__module__ != watchers for hook in hooks)
+    return (
+        "forward" in vars(part)
+        or nn.modules.module._has_any_global_hook()
+        or any(hook.__module__ != watchers for hook in hooks)
+    )
 
 
 def written_out(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -157,11 +184,11 @@ def without_onednn(
     """
     if not mkldnn.enabled:
         return F.linear(x, weight, bias)
-    mkldnn.set_flags(_enabled=False)
+    mkldnn.set_flags(_enabled=False, _fp32_precision=None)  # None leaves it as it is
     try:
         return F.linear(x, weight, bias)
     finally:
-        mkldnn.set_flags(_enabled=True)
+        mkldnn.set_flags(_enabled=True, _fp32_precision=None)
 
 
 def cast(x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +216,9 @@ def by_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 def own_product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None
 ) -> torch.Tensor:
-    """The product of `x` (..., C) and `weight` (D, C), (..., D), plus `bias`, as under autocast.
+    """The product of `x` (..., C) and `weight` (D, C), (..., D), plus `bias`.
+
+    Under autocast `x` and `weight` are rounded first, as torch does.
 
     `gelu` is a form of GELU, "tanh" or "none", to be applied to `x` first.
 
@@ -215,7 +244,9 @@ class _OwnProduct(torch.autograd.Function):
         gelu: str | None,
     ) -> torch.Tensor:
         """The product (..., D); shapes and `gelu` as `own_product` takes them."""
-        ctx.save_for_backward(x, weight)
+        # A frozen weight needs no `x` for its gradient.
+        ctx.save_for_backward(x if gelu or ctx.needs_input_grad[1] else None, weight)
+        ctx.x_shape = x.shape
         ctx.gelu, ctx.bias_dtype = gelu, None if bias is None else bias.dtype
         dtype = multiplied_as(x.dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -233,13 +264,21 @@ class _OwnProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the arguments of `forward`, made of the product's, `grad` (..., D)."""
         x, weight = ctx.saved_tensors
-        is_differentiated = torch.is_grad_enabled()
-        is_wide = is_slow(grad.dtype) and not is_differentiated
-        gradients = _wide_gradients if is_wide else _gradients
+        # Gradients of gradients, and of several losses at once, take operators that torch knows.
+        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+        in_place = not (torch.is_grad_enabled() or is_batched)
+        gradients = _wide_gradients if in_place and is_slow(grad.dtype) else _gradients
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
         with torch.autocast("cpu", enabled=False):
-            grad_x, grad_weight, grad_bias = gradients(
-                x, weight, grad.reshape(-1, len(weight)), ctx.gelu, ctx.needs_input_grad
+            grad_rows, grad_weight, grad_bias = gradients(
+                rows,
+                weight,
+                grad.reshape(-1, len(weight)),
+                ctx.gelu,
+                ctx.needs_input_grad,
+                in_place,
             )
+        grad_x = None if grad_rows is None else grad_rows.view(ctx.x_shape)
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None
@@ -249,23 +288,29 @@ _Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
 
 
 def _gradients(
-    x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, gelu: str | None, wants: list[bool]
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    gelu: str | None,
+    wants: list[bool],
+    in_place: bool,
 ) -> _Gradients:
-    """Gradients of `x` (..., C), `weight` (D, C) and the bias (D,), made of `grad` (N, D)."""
+    """Gradients of `x` (N, C), `weight` (D, C) and the bias (D,), made of `grad` (N, D)."""
     wants_x, wants_weight, wants_bias, _ = wants
-    grad_x = grad_weight = None
-    into = (x if gelu is None else F.gelu(x, approximate=gelu)).reshape(-1, x.shape[-1])
+    grad_x = grad_weight = into = None
+    if x is not None:
+        into = x if gelu is None else F.gelu(x, approximate=gelu)
     if wants_weight:
+        assert into is not None, "kept for this"
         grad_weight = (grad.T @ into).to(weight.dtype)
     if wants_x:
         narrow = weight.to(grad.dtype)
         if gelu is None:
-            grad_x = (grad @ narrow).view(x.shape)
-        elif torch.is_grad_enabled():  # the gradient will be differentiated
-            product = (grad @ narrow).view(x.shape)
-            grad_x = torch.ops.aten.gelu_backward(product, x, approximate=gelu)
-        else:
-            product = torch.mm(grad, narrow, out=into).view(x.shape)
+            grad_x = grad @ narrow
+        elif not in_place:
+            grad_x = torch.ops.aten.gelu_backward(grad @ narrow, x, approximate=gelu)
+        else:  # in the memory of what is not needed any more
+            product = torch.mm(grad, narrow, out=into)
             grad_x = torch.ops.aten.gelu_backward.grad_input(
                 product, x, approximate=gelu, grad_input=product
             )
@@ -273,17 +318,23 @@ def _gradients(
 
 
 def _wide_gradients(
-    x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, gelu: str | None, wants: list[bool]
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    gelu: str | None,
+    wants: list[bool],
+    in_place: bool = True,
 ) -> _Gradients:
     """The same by way of float32, a few rows at a time."""
     wants_x, wants_weight, wants_bias, _ = wants
-    factor, inputs = weight.float(), x.reshape(-1, x.shape[-1])
-    grad_x = torch.empty_like(inputs) if wants_x else None
+    factor = weight.float()
+    grad_x = grad.new_empty(len(grad), weight.shape[1]) if wants_x else None
     grad_weight = torch.zeros_like(factor) if wants_weight else None
     grad_bias = factor.new_zeros(len(factor)) if wants_bias else None
-    for start in range(0, len(inputs), _ROWS):
+    for start in range(0, len(grad), _ROWS):
         rows = slice(start, start + _ROWS)
-        of_rows, into = grad[rows].float(), inputs[rows].float()
+        of_rows = grad[rows].float()
+        into: Any = None if x is None else x[rows].float()
         activated = into if gelu is None else F.gelu(into, approximate=gelu)
         if grad_weight is not None:
             grad_weight.addmm_(of_rows.T, activated)
@@ -296,4 +347,4 @@ def _wide_gradients(
             grad_x[rows] = product
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
-    return None if grad_x is None else grad_x.view(x.shape), grad_weight, grad_bias
+    return grad_x, grad_weight, grad_bias

@@ -43,7 +43,8 @@ def chunked_causal_loss(
         The mean negative log-likelihood in nats. It can be differentiated once.
 
     Raises:
-        ValueError: there are more or fewer labels than hidden states.
+        ValueError: there are more or fewer labels than hidden states, or, on a CPU, a label is no
+            token of the vocabulary.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -54,6 +55,10 @@ def chunked_causal_loss(
         )
     shift_labels = shift_labels.flatten().to(hidden_states.device)
     counted = (shift_labels != ignore_index).nonzero()[:, 0]  # (N,)
+    shift_labels = shift_labels[counted]
+    # To look at numbers on a GPU is to wait for them.
+    if shift_labels.is_cpu and len(counted) and not torch.compiler.is_compiling():
+        _check_labels(shift_labels, len(weight), ignore_index)
     dtype, device = weight.dtype, weight.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -69,11 +74,20 @@ def chunked_causal_loss(
     loss: torch.Tensor = _LossOfPieces.apply(
         hidden_states.flatten(0, -2).index_select(0, counted),
         weight,
-        shift_labels[counted],
+        shift_labels,
         early,
         dtype,
     )
     return loss / divisor if dtype == torch.float16 else loss
+
+
+def _check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
+    lowest, highest = (int(label) for label in labels.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"the label {lowest if lowest < 0 else highest} is outside of the vocabulary of "
+            f"{vocab_size} tokens; give {ignore_index} to tokens that do not count"
+        )
 
 
 class _LossOfPieces(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -24,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
-from .linear_scratch_gpt import Linear
+from .linear_scratch_gpt import Linear, is_changed, is_plain
 from .loss_scratch_gpt import chunked_causal_loss
 from .positions_scratch_gpt import check_length, positions_at, raise_past_limit
 
@@ -291,10 +292,10 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             loss = chunked_causal_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)
-        if labels is not None and loss is None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -308,9 +309,21 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         if not (self.config.chunked_loss and self.training and torch.is_grad_enabled()):
             return False
         head = self.lm_head
-        is_whole = type(head) is Linear and type(head.weight) is nn.Parameter
-        is_watched = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
-        return is_whole and not is_watched and not hasattr(self, "_loss_function")
+        return (
+            type(head) is Linear
+            and head.bias is None
+            and not is_changed(head)
+            and is_plain(head.weight)
+            and not head.weight.is_meta
+            and self.loss_function is ForCausalLMLoss
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize as transformers does; a new head is of this package's class, as the old one."""
+        embedding: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        if type(self.lm_head) is nn.Linear:
+            self.lm_head.__class__ = Linear
+        return embedding
 
     def prepare_inputs_for_generation(
         self,

@@ -1,7 +1,7 @@
 // One token's way through a GPT, with the keys and values of the tokens before it at hand.
 //
 // To write a token, all weights are read once and used once, so this is as fast as memory is read.
-// Each thread is given rows of each matrix; sums are in float32. The mathematics is that of
+// Each thread is given rows of each matrix; sums are in float32, of int8 in 32 bits. The mathematics is that of
 // `blocks_scratch_gpt.py`; `one_token.py` compiles this file and fills in the structures.
 //
 // C hidden, H heads, D head size, S tokens so far
@@ -112,9 +112,13 @@ struct Input<int8_t> {
   float scale = 0;
 
   Input(const std::vector<float>& exact) : x(exact.size()) {
-    float largest = 0;
-    for (float number : exact) largest = std::max(largest, std::fabs(number));
-    if (largest == 0) return;
+    float largest = 0, zero = 0;
+    for (float number : exact) {
+      largest = std::max(largest, std::fabs(number));
+      zero += number * 0;
+    }
+    if (zero != 0) scale = zero;  // NaN, as of all sums with an infinity or a NaN
+    if (largest == 0 || zero != 0) return;
     const float limit = std::min(INT32_MAX / 127 / int64_t(x.size()), int64_t(INT16_MAX));
     scale = largest / limit;
     for (size_t i = 0; i < x.size(); i++) x[i] = int16_t(std::lrint(exact[i] / scale));
@@ -186,7 +190,7 @@ inline float exponential(float x) {
   const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
   float sum = 1 / 720.0f;
   for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) sum = sum * rest + factor;
-  const int32_t bits = (int32_t(whole) + 127) * (1 << 23);
+  const int32_t bits = (int32_t(x == x ? whole : 0) + 127) * (1 << 23);  // of a NaN comes a NaN
   float power;
   std::memcpy(&power, &bits, sizeof power);
   return sum * power;

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .linear_scratch_gpt import is_changed
+from .linear_scratch_gpt import is_changed, is_plain
 from .positions_scratch_gpt import raise_past_limit
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -62,20 +62,22 @@ def compiled() -> ctypes.CDLL:
             f"no C++ compiler is there ({', '.join(compiler or _COMPILERS)}) to compile a step of "
             "generation with; install g++, or name a compiler in the environment variable CXX"
         )
-    with tempfile.TemporaryDirectory() as folder:
+    # Where a library that is loaded cannot be deleted, it stays.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         library = Path(folder) / "one_token.so"
         command = [*compiler, *_FLAGS.split(), str(_SOURCE), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(
                 f"{shlex.join(command)} failed; name another compiler in the environment variable "
-                f"CXX, such as g++. It said:\n{done.stderr}"
+                f"CXX, one with OpenMP, such as GNU's g++. It said:\n{done.stderr}"
             )
         try:
             return ctypes.CDLL(str(library))
         except OSError as error:
             raise RuntimeError(
-                f"{error}; if programs may not be run from there, name another folder in TMPDIR"
+                f"{error}; if programs may not be run from there, name another folder in TMPDIR; "
+                "if a symbol is missing, name a compiler of C++, such as g++, in CXX"
             ) from error
 
 
@@ -83,16 +85,16 @@ def can_compute(model: Any) -> bool:
     """Whether the C++ gives what `model`, a language model of ours, would give.
 
     Not so if a part is another than ours or has another shape than the configuration says, has a
-    hook, is in training mode, not on a CPU or in another data type than float32 and bfloat16.
+    hook, is in training mode, not on a CPU or in another data type than float32 and bfloat16, or if
+    a parameter is another kind of tensor than torch's own.
     """
     parts = list(model.modules())
     matrices = [part.weight for part in parts if isinstance(part, nn.Linear)]
     return (
         all(type(part) in _KNOWN_OF_TORCH or name_of(type(part)) in _KNOWN for part in parts)
         and not any(part.training or is_changed(part) for part in parts)
-        and not nn.modules.module._has_any_global_hook()
         and _has_its_shapes(model)
-        and all(parameter.is_cpu for parameter in model.parameters())
+        and all(parameter.is_cpu and is_plain(parameter) for parameter in model.parameters())
         and all(matrix.is_contiguous() for matrix in matrices)
         and {matrix.dtype for matrix in matrices} in ({model.dtype}, {torch.int8})
         and model.dtype in _DTYPES

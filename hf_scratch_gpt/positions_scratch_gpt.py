@@ -18,7 +18,7 @@ def positions_at(steps: torch.Tensor, padding_mask: torch.Tensor | None) -> torc
     """
     if padding_mask is None:
         return steps.unsqueeze(0)
-    positions = padding_mask.to(steps.device).long().cumsum(-1) - 1  # (B, S)
+    positions = (padding_mask.to(steps.device) != 0).cumsum(-1) - 1  # (B, S)
     return positions.clamp(min=0).index_select(1, steps)
 
 
@@ -66,7 +66,7 @@ def check_length(
             raise ValueError(f"position {int(lowest)} is below 0; give padding the position 0")
         total_length = highest + 1
     elif padding_mask is not None and total_length > limit:
-        total_length = padding_mask.sum(-1).max()
+        total_length = (padding_mask != 0).sum(-1).max()
     if total_length > limit:
         raise_past_limit(total_length, limit)
 

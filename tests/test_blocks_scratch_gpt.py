@@ -164,3 +164,20 @@ def test_feed_forward_under_autocast(form):
     for own, apart in zip(*results, strict=True):
         assert (own - apart).norm() <= 0.01 * apart.norm()
     assert (kept[0] < kept[1]) == (form != "relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["tanh", "none"])
+def test_gelu_written_out_keeps_the_digits_of_halves(dtype, form):
+    x = torch.linspace(-6, 6, 500, dtype=dtype)
+    torch.testing.assert_close(GELU(form, fused=False)(x), GELU(form)(x), atol=1e-6, rtol=1e-2)
+
+
+def test_a_mask_of_yes_and_no():
+    attention = MultiHeadAttention(tiny_config(), 0).eval()
+    x = torch.randn(2, 6, 32)
+    allowed = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
+    expected, weights = attention(x)
+    own, own_weights = attention(x, attention_mask=allowed)
+    torch.testing.assert_close(own, expected)
+    torch.testing.assert_close(own_weights, weights)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_scratch_gpt import ScratchGPTForCausalLM
+from hf_scratch_gpt import ScratchGPTForCausalLM, half_scratch_gpt
 
 from .models import random_ids, random_model
 
@@ -76,3 +76,57 @@ def test_attention_answers_in_half_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(random_ids(2, 20))
     assert dtypes == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_whoever_watches_what_is_kept_sees_attention(attention):
+    """As checkpointing and offloading do."""
+    model = random_model(ScratchGPTForCausalLM, attn_implementation=attention, drop_rate=0.0)
+    model.train()
+    seen = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        model(random_ids(2, 20))
+    sizes = {tuple(x.shape) for x in seen}
+    of_scores = {(2, 4, 20, 20), (8, 20, 20)} if attention == "eager" else {(2, 4, 20, 8)}
+    assert sizes & of_scores
+
+
+@pytest.mark.parametrize("dtype", ["autocast", torch.bfloat16], ids=str)
+def test_a_mask_of_many_values(dtype):
+    """Large numbers that differ by little, as those that tell how far tokens are apart."""
+    model = random_model(ScratchGPTForCausalLM, drop_rate=0.0).train()
+    places = torch.arange(20.0)
+    mask = (places[None] - places[:, None]) * 1.37 - 200
+    mask = mask.masked_fill(places[None] > places[:, None], -1e4).expand(2, 1, 20, 20)
+    torch.manual_seed(1)
+    exact = gradients(copy.deepcopy(model).double(), torch.float64, mask.double())
+    torch.manual_seed(1)
+    own = gradients(model if dtype == "autocast" else model.to(dtype), dtype, mask)
+    is_wide = torch.bfloat16 in half_scratch_gpt._SLOW_DTYPES
+    # Where half precision is multiplied as such, torch rounds the mask.
+    assert (own[1] - exact[1]).norm() < (0.05 if is_wide else 0.5) * exact[1].norm()
+
+
+@torch.no_grad()
+def test_attention_is_widened_where_that_is_faster(monkeypatch):
+    seen = []
+    attend = half_scratch_gpt.attend_in_float32
+    monkeypatch.setattr(
+        "hf_scratch_gpt.blocks_scratch_gpt.attend_in_float32",
+        lambda *args, **kwargs: seen.append(1) or attend(*args, **kwargs),
+    )
+    is_slow = half_scratch_gpt.is_slow(torch.bfloat16)
+    for attention, with_gradient, layers in [
+        ("sdpa", False, 0),
+        ("sdpa", True, 3),
+        ("eager", False, 3),
+        ("eager", True, 3),
+    ]:
+        model = random_model(ScratchGPTForCausalLM, attn_implementation=attention).bfloat16()
+        seen.clear()
+        with torch.set_grad_enabled(with_gradient):
+            model(random_ids(1, 9))
+        assert len(seen) == (layers if is_slow else 0)

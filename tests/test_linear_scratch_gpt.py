@@ -8,7 +8,10 @@ from torch import nn
 from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_scratch_gpt.linear_scratch_gpt import Linear, own_product
+from hf_scratch_gpt import FeedForward
+from hf_scratch_gpt.linear_scratch_gpt import Linear, linear, own_product
+
+from .models import tiny_config
 
 pytestmark = pytest.mark.usefixtures("slow_half")
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -60,13 +63,16 @@ def test_not_contiguous():
         torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("strided", ["weight", "bias", "weight and bias"])
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_strided_parameters(dtype, rows):
+def test_strided_parameters(dtype, rows, strided):
     linear, x = layer(dtype), torch.randn(rows, 48, dtype=dtype)
-    linear.bias.data = torch.randn(80, 3, dtype=dtype)[:, 1]
-    linear.weight.data = torch.randn(80, 96, dtype=dtype)[:, ::2]
+    if "bias" in strided:
+        linear.bias.data = torch.randn(80, 3, dtype=dtype)[:, 1]
+    if "weight" in strided:
+        linear.weight.data = torch.randn(80, 96, dtype=dtype)[:, ::2]
     torch.testing.assert_close(
         linear(x).double(), in_float64(linear, x), atol=DTYPES[dtype], rtol=DTYPES[dtype]
     )
@@ -239,3 +245,93 @@ def test_half_precision_in_pieces(slow_half, monkeypatch):
     y = linear(x)
     assert calls == ([960] * 4 if slow_half else [])
     torch.testing.assert_close(y.double(), in_float64(linear, x), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 6])
+@torch.no_grad()
+def test_a_layer_without_numbers_is_an_error(dtype, rows):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        layer(dtype).to("meta")(torch.randn(rows, 48, dtype=dtype)).sum().item()
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 80), (5, 80)], ids=str)
+@torch.no_grad()
+def test_a_bias_of_another_shape(shape):
+    linear_layer, x = layer(), torch.randn(5, 48)
+    bias = torch.randn(shape)
+    expected = nn.functional.linear(x, linear_layer.weight, bias)
+    torch.testing.assert_close(linear(x, linear_layer.weight, bias), expected)
+
+
+@torch.no_grad()
+def test_a_sparse_weight():
+    weight, x = torch.randn(80, 48).relu(), torch.randn(5, 48)
+    product = linear(x, weight.to_sparse(), None)
+    torch.testing.assert_close(product, x @ weight.T)
+
+
+@torch.no_grad()
+def test_onednn_keeps_its_precision():
+    mkldnn.set_flags(_fp32_precision="bf16")
+    try:
+        layer(torch.bfloat16)(torch.randn(1, 48, dtype=torch.bfloat16))
+        assert mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        mkldnn.set_flags(_fp32_precision="none")
+
+
+@torch.no_grad()
+def test_without_onednn_it_is_not_called(monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt.by_onednn", lambda *args: 1 / 0)
+    x = torch.randn(6, 48)
+    mkldnn.set_flags(_enabled=False)
+    try:
+        assert layer()(x).shape == (6, 80)
+    finally:
+        mkldnn.set_flags(_enabled=True)
+    with pytest.raises(ZeroDivisionError):
+        layer()(x)
+
+
+@pytest.mark.parametrize("gelu", [None, "tanh"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_several_gradients_at_once(gelu, autocast):
+    linear_layer = layer(torch.float32 if autocast else torch.bfloat16)
+    x = torch.randn(3, 48, dtype=linear_layer.weight.dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = own_product(x, linear_layer.weight, linear_layer.bias, gelu).sum(1)
+    many = torch.eye(3, dtype=y.dtype)
+    (at_once,) = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)
+    for row, gradient in zip(many, at_once, strict=True):
+        (alone,) = torch.autograd.grad(y, x, row, retain_graph=True)
+        torch.testing.assert_close(gradient, alone, atol=2e-2, rtol=2e-2)
+
+
+def test_a_frozen_weight_keeps_no_input():
+    linear_layer, kept = layer(), []
+    linear_layer.weight.requires_grad_(False)
+    x = torch.randn(7, 48, requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        y = linear_layer(x)
+    assert kept == [(80, 48)]
+    y.float().sum().backward()
+    expected = linear_layer.weight.sum(0).expand(7, 48)
+    torch.testing.assert_close(x.grad, expected, atol=0.1, rtol=2e-2)
+
+
+def test_hooks_on_all_modules_see_all_modules():
+    block = FeedForward(tiny_config()).train()
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(type(module).__name__)
+    )
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            block(torch.randn(2, 32, requires_grad=True))
+    finally:
+        hook.remove()
+    assert seen == ["Linear", "GELU", "Linear", "Dropout", "FeedForward"]

@@ -191,3 +191,73 @@ def test_trainer(tmp_path, smoothing):
         weights.append(model.state_dict())
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=2e-5, rtol=1e-3)
+
+
+def biased(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.arange(VOCABULARY) / 10)
+
+
+def with_a_forward(model):
+    model.lm_head.forward = lambda x: 2 * torch.nn.functional.linear(x, model.lm_head.weight)
+
+
+def scaled_backward(model):
+    model.lm_head.register_full_backward_hook(lambda module, given, out: (3 * given[0],))
+
+
+@pytest.mark.parametrize("change", [biased, with_a_forward, scaled_backward])
+def test_a_head_that_is_changed_or_watched(change):
+    model, ids = random_model(ScratchGPTForCausalLM, drop_rate=0.0), random_ids(2, 9)
+    model.train()
+    change(model)
+    results = []
+    for chunked in (False, True):
+        model.config.chunked_loss = chunked
+        model.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.item(), model.model.norm.weight.grad.clone()))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[1][1], results[0][1])
+
+
+def test_a_loss_that_transformers_was_given(monkeypatch):
+    from transformers.loss import loss_utils
+
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", lambda **kwargs: torch.tensor(7.0))
+    model = random_model(ScratchGPTForCausalLM, chunked_loss=True).train()
+    assert model(random_ids(1, 9), labels=random_ids(1, 9)).loss == 7
+
+
+def test_a_resized_head_is_still_in_pieces():
+    model = random_model(ScratchGPTForCausalLM, chunked_loss=True, tie_word_embeddings=False)
+    model.train().resize_token_embeddings(101, mean_resizing=False)
+    ids = random_ids(2, 9)
+    assert model(ids, labels=ids).logits is None
+    assert model.lm_head.weight.shape == (101, 32)
+
+
+def test_where_tensors_have_no_values():
+    with torch.device("meta"):
+        model = random_model(ScratchGPTForCausalLM, chunked_loss=True).train()
+        ids = torch.zeros(2, 9, dtype=torch.long)
+        assert model(ids, labels=ids).loss.shape == ()
+
+
+def test_torch_func():
+    model = random_model(ScratchGPTForCausalLM, drop_rate=0.0).train()
+    ids = random_ids(2, 9)
+    vectors = model.get_input_embeddings()(ids).detach()
+    results = []
+    for model.config.chunked_loss in (False, True):
+        loss = lambda x: model(inputs_embeds=x, labels=ids, use_cache=False).loss  # noqa: E731
+        results.append(torch.func.grad(loss)(vectors))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize(("label", "named"), [(VOCABULARY, VOCABULARY), (-1, -1)])
+def test_labels_outside_of_the_vocabulary(label, named):
+    labels = random_ids(2, 9)
+    labels[1, 3] = label
+    with pytest.raises(ValueError, match=f"label {named} is outside of the vocabulary of 97 tok"):
+        chunked_causal_loss(torch.randn(2, 9, 16), torch.randn(VOCABULARY, 16), labels)

@@ -1,6 +1,7 @@
 """The step in C++ gives what the model gives."""
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
+from hf_scratch_gpt.fast_blocks import Int8Linear
 from hf_scratch_gpt.one_token import (
     Memory,
     OneToken,
+    _product,
     can_compute,
     compiled,
     is_faster_apart,
@@ -97,6 +100,38 @@ def test_int8(dtype):
     exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
     atol = 2e-3 if dtype == torch.float32 else 2e-2  # vectors have 12 to 15 bits
     torch.testing.assert_close(logits_by_steps(model, ids).double(), exact, atol=atol, rtol=1e-2)
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(weights, number):
+    model, ids = make(), random_ids(1, 8)
+    with torch.no_grad():
+        model.model.norm.bias[3] = number
+    assert not model(ids).logits.isfinite().any()
+    fast = optimize_for_generation(model, weights)
+    assert not logits_by_steps(fast, ids).isfinite().any()
+
+
+def test_int8_sums_of_a_wide_matrix_have_room():
+    """The largest that there can be: all weights and numbers of one sign."""
+    linear = torch.nn.Linear(3072, 8, bias=False)
+    torch.nn.init.constant_(linear.weight, 0.5)
+    Int8Linear.take_over(linear)
+    held = []
+    product, y = _product(linear, held), torch.empty(8)
+    multiply = compiled()["multiply_int8"]
+    multiply.restype = None
+    x = torch.ones(3072)
+    for reads_apart in (False, True):
+        multiply(
+            ctypes.byref(product),
+            ctypes.c_bool(reads_apart),
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(y.data_ptr()),
+            ctypes.c_int(1),
+        )
+        torch.testing.assert_close(y, torch.full((8,), 1536.0), rtol=1e-3, atol=0)
 
 
 @torch.no_grad()

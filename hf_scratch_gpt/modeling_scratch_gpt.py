@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
+from .inputs_scratch_gpt import check_inputs
 from .linear_scratch_gpt import Linear, is_changed, is_plain
 from .loss_scratch_gpt import chunked_causal_loss
 from .positions_scratch_gpt import check_length, positions_at, raise_past_limit
@@ -174,11 +175,14 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
 
         Raises:
             ValueError: a position is past the last one; both or neither of `input_ids` and
-                `inputs_embeds` are given; `attention_mask` is too short.
+                `inputs_embeds` are given; `attention_mask` is too short; see `check_inputs`.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        # An embedding that was put in place of the first one may know more tokens.
+        vocab_size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+        check_inputs(inputs, past_key_values, vocab_size, self.config.hidden_size)
         earlier = past_key_values  # the cache that was given, if any
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

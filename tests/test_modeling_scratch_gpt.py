@@ -330,6 +330,32 @@ class TestPastTheLastPosition:
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             model(**(given if both else {}))
 
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (
+                dict(input_ids=torch.tensor([[3, VOCABULARY]])),
+                "id 97 is not in the vocabulary of 97",
+            ),
+            (dict(input_ids=torch.tensor([[-1, 3]])), "id -1 is not in the vocabulary"),
+            (dict(input_ids=torch.tensor([1, 2])), r"input_ids has the shape \[2\]; give \(B, T\)"),
+            (dict(inputs_embeds=torch.zeros(1, 2, 48)), r"shape \[1, 2, 48\]; give \(B, T, 32\)"),
+            (
+                dict(input_ids=torch.tensor([[1]]), past_key_values=((1, 2),)),
+                "is a tuple; give a Cache, such as DynamicCache",
+            ),
+        ],
+    )
+    def test_what_cannot_be_read(self, model, given, message):
+        with pytest.raises(ValueError, match=message):
+            model(**given)
+
+    def test_a_mask_of_other_numbers_than_one(self, model):
+        ids = random_ids(1, 6)
+        mask = torch.tensor([[0, 0, 2, 2, 2, 2]])
+        expected = model(ids, attention_mask=mask.clamp(max=1)).logits
+        assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+
 
 @torch.no_grad()
 def test_heads_read_the_hidden_states():

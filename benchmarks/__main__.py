@@ -1,7 +1,7 @@
 """Measure this package and its peers side by side: `python -m benchmarks`.
 
-Random weights of GPT-2's size, the same for all; rounds in turns; outputs are compared before
-anything is timed. CTranslate2 and llama.cpp take part where they are installed
+Random weights of GPT-2's size, the same for all; rounds in turns; what is written or
+scored is compared before it is timed. CTranslate2 and llama.cpp take part where they are installed
 (`pip install -e '.[benchmarks]'`). Conversion of large models and tokenization of real texts have
 more to say for themselves: `python -m benchmarks.conversion`, `python -m benchmarks.tokenization`.
 """
@@ -46,7 +46,7 @@ def measurements(folder: Path, rounds: int, device: str) -> dict[str, Callable[[
     named["from_pretrained"] = lambda: start.loading(folder, rounds)
     named["import"] = lambda: start.imports(rounds)
     named["conversion"] = lambda: _conversion(folder, rounds)
-    named["tokenization, 10 MB"] = lambda: _tokenization(rounds)
+    named["tokenization, 10 MB by 400 tokens"] = lambda: _tokenization(rounds)
     return named
 
 

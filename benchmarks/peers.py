@@ -4,8 +4,11 @@ import copy
 import functools
 import importlib.util
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy
@@ -16,6 +19,8 @@ from conversion.verify import gpt2_config
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, optimize_for_generation
 
 OURS = ("ours, plain", "ours, fast")
+# CTranslate2 multiplies by oneDNN on processors that are not Intel's, unless it is told otherwise.
+BY_MKL = {"CT2_USE_MKL": "1", "CT2_USE_EXPERIMENTAL_PACKED_GEMM": "1"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Takes ids (B, T) and how many to write; returns those, (B, N).
 Write = Callable[[torch.Tensor, int], list[list[int]]]
@@ -28,9 +33,11 @@ def make_weights(folder: Path, preset: str) -> None:
     torch.manual_seed(0)
     config: GPT2Config = gpt2_config(ScratchGPTConfig.from_preset(preset))
     model = GPT2LMHeadModel(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:  # larger than at the start, so that tokens differ in probability
-            torch.nn.init.normal_(parameter, std=0.06)
+    # Larger than at the start, so that tokens differ in probability and whoever leaves a bias or a
+    # norm out writes others.
+    for name, parameter in model.named_parameters():
+        is_scale = "ln_" in name and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=float(is_scale), std=0.06)
     model.save_pretrained(folder)
 
 
@@ -96,7 +103,6 @@ def writers(folder: Path, weights: str, device: str) -> Iterator[tuple[str, Writ
             by_generate(
                 copy.deepcopy(theirs),
                 cache_implementation="static",
-                max_cache_len=theirs.config.n_positions,
                 compile_config=compiled,
             ),
         )
@@ -104,14 +110,15 @@ def writers(folder: Path, weights: str, device: str) -> Iterator[tuple[str, Writ
         yield OURS[1], by_fast_generate(fast)
     if device == "cpu":
         if importlib.util.find_spec("ctranslate2") and weights != "bfloat16":  # it refuses that
-            yield "CTranslate2", by_ctranslate2(folder, weights)
+            yield "CTranslate2", by_ctranslate2(folder, weights, {})
+            yield "CTranslate2, MKL", by_ctranslate2(folder, weights, BY_MKL)
         if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
-            yield "llama.cpp", by_llama_cpp(folder, weights)
+            yield "llama.cpp", by_llama_cpp(folder, weights, flash_attn=False)
+            yield "llama.cpp, flash attention", by_llama_cpp(folder, weights, flash_attn=True)
 
 
-def by_ctranslate2(folder: Path, weights: str) -> Write:
-    """CTranslate2 on a conversion of `folder`."""
-    import ctranslate2
+def by_ctranslate2(folder: Path, weights: str, environment: dict[str, str]) -> Write:
+    """CTranslate2 on a conversion of `folder`, in a process of its own, for its environment."""
     from ctranslate2.converters import TransformersConverter
 
     converted = folder.parent / f"{folder.name}-ctranslate2-{weights}"
@@ -119,21 +126,31 @@ def by_ctranslate2(folder: Path, weights: str) -> Write:
         with tempfile.TemporaryDirectory() as named:
             add_vocabulary(folder, Path(named))
             TransformersConverter(named).convert(str(converted), quantization=weights)
-    generator = ctranslate2.Generator(
-        str(converted), compute_type=weights, intra_threads=torch.get_num_threads()
+    given = str(converted), weights, torch.get_num_threads(), environment
+    pool = ProcessPoolExecutor(1, get_context("spawn"), _start_ctranslate2, given)
+    pool.submit(os.getpid).result()
+    return lambda ids, count: pool.submit(_write_by_ctranslate2, ids.tolist(), count).result()
+
+
+def _start_ctranslate2(
+    converted: str, weights: str, threads: int, environment: dict[str, str]
+) -> None:
+    global _generator
+    os.environ.update(environment)
+    import ctranslate2
+
+    _generator = ctranslate2.Generator(converted, compute_type=weights, intra_threads=threads)
+
+
+def _write_by_ctranslate2(ids: list[list[int]], count: int) -> list[list[int]]:
+    results = _generator.generate_batch(
+        [[f"<{number}>" for number in row] for row in ids],
+        max_length=count,
+        min_length=count,
+        sampling_topk=1,
+        include_prompt_in_result=False,
     )
-
-    def write(ids: torch.Tensor, count: int) -> list[list[int]]:
-        results = generator.generate_batch(
-            [[f"<{number}>" for number in row] for row in ids.tolist()],
-            max_length=count,
-            min_length=count,
-            sampling_topk=1,
-            include_prompt_in_result=False,
-        )
-        return [result.sequences_ids[0] for result in results]
-
-    return write
+    return [result.sequences_ids[0] for result in results]
 
 
 def add_vocabulary(folder: Path, named: Path) -> None:
@@ -146,7 +163,7 @@ def add_vocabulary(folder: Path, named: Path) -> None:
     (named / "merges.txt").write_text("#version: 0.2\n")
 
 
-def by_llama_cpp(folder: Path, weights: str) -> Write:
+def by_llama_cpp(folder: Path, weights: str, flash_attn: bool) -> Write:
     """llama.cpp on a GGUF file made of `folder`; it takes one text."""
     import llama_cpp
 
@@ -156,7 +173,12 @@ def by_llama_cpp(folder: Path, weights: str) -> Write:
         write_gguf(folder, path, kind)
     threads = torch.get_num_threads()
     llama = llama_cpp.Llama(
-        str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
+        str(path),
+        n_ctx=1024,
+        n_threads=threads,
+        n_threads_batch=threads,
+        flash_attn=flash_attn,
+        verbose=False,
     )
 
     def write(ids: torch.Tensor, count: int) -> list[list[int]]:

@@ -39,9 +39,7 @@ def measurements(folder: Path, rounds: int, device: str) -> dict[str, Callable[[
         named[f"32 texts {dtype}"] = lambda dtype=dtype: generation.batch(
             folder, dtype, rounds, device
         )
-        named[f"training {dtype}"] = lambda dtype=dtype: training(
-            folder, dtype, min(rounds, 2), device
-        )
+        named[f"training {dtype}"] = lambda dtype=dtype: training(folder, dtype, rounds, device)
     named["perplexity"] = lambda: generation.perplexity(folder, device)
     named["from_pretrained"] = lambda: start.loading(folder, rounds)
     named["import"] = lambda: start.imports(rounds)

@@ -13,7 +13,7 @@ from .limits import matrix_peak
 from .peers import DTYPES, in_our_format
 from .timing import rates
 
-BATCH, STEPS, SHORT_STEPS = 2, 4, 50
+BATCH, LENGTH, STEPS, SHORT_STEPS = 2, 1024, 4, 50
 # In a process of its own, since peak memory is a process's.
 STEP = """
 import json, re, sys
@@ -65,7 +65,7 @@ def lengths(dtype: str, device: str) -> tuple[int, int]:
 
     Fewer where the CPU has no instructions for `dtype`: the peer multiplies a hundred times slower.
     """
-    return (64, 8) if device == "cpu" and is_slow(DTYPES[dtype]) else (1024, 64)
+    return (64, 8) if device == "cpu" and is_slow(DTYPES[dtype]) else (LENGTH, 64)
 
 
 def run(name: str, folder: Path, dtype: str, length: int, steps: int, device: str) -> dict:
@@ -97,6 +97,7 @@ def flops(folder: Path, length: int) -> int:
 def training(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
     """AdamW, under autocast where `dtype` is bfloat16; then short steps for the losses."""
     length, short = lengths(dtype, device)
+    rounds = min(rounds, 2) if length == LENGTH else 1
     results: dict[str, list[dict]] = {name: [] for name in NAMES}
     for _ in range(rounds):
         for name in NAMES:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
@@ -220,6 +220,23 @@ def test_errors(models):
         optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int3")
     with pytest.raises(ValueError, match="'int4' needs a GPU; give 'int8'"):
         optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int4")
+    with pytest.raises(ValueError, match="on the device meta, without numbers; load its weights"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval().to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapted_model_is_told_what_to_give():
+    adapted = get_peft_model(random_model(ScratchGPTForCausalLM), LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"holds the model apart; give model.merge_and_unload()"):
+        optimize_for_generation(adapted.eval())
+    optimize_for_generation(adapted.merge_and_unload())
+
+
+def test_a_mask_of_another_shape(models):
+    ids, mask = random_ids(1, 6), torch.ones(2, 6)
+    for model in models:
+        with pytest.raises(RuntimeError):
+            write(model, ids, attention_mask=mask, do_sample=False)
 
 
 def test_int8_keeps_the_probabilities():

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import shutil
 
 import pytest
 import torch
@@ -273,3 +274,11 @@ def test_with_a_compiler_that_fails(monkeypatch):
     with pytest.raises(RuntimeError, match=r"no-such-option.*failed; name another"):
         optimize_for_generation(model)
     assert type(model) is ScratchGPTForCausalLM  # and left as it was
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_with_a_compiler_of_c(monkeypatch):
+    monkeypatch.setenv("CXX", "gcc")
+    with pytest.raises(RuntimeError, match=r"if a symbol is missing, name a compiler of C\+\+"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())

@@ -232,6 +232,7 @@ class _FastGeneration(GenerationMixin):
         """The loop of greedy search and sampling; `generate` has prepared the arguments."""
         cache: Any = model_kwargs.get("past_key_values")
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        in_order = torch.arange(input_ids.shape[1], device="cpu")[None]
         is_ordinary = (
             input_ids.is_cpu
             and len(input_ids) == 1
@@ -239,10 +240,10 @@ class _FastGeneration(GenerationMixin):
             and cache.get_seq_length() == 0
             and not getattr(cache, "_is_user_defined", False)
             and not torch.is_autocast_enabled("cpu")
-            and (mask is None or (mask.shape == input_ids.shape and bool(mask.all())))
+            and (mask is None or bool(mask.all()))
             and not (synced_gpus or generation_config.return_dict_in_generate)
             and "inputs_embeds" not in model_kwargs
-            and (positions is None or torch.equal(positions[0], torch.arange(input_ids.shape[1])))
+            and (positions is None or torch.equal(positions, in_order))
             and can_compute(self)
         )
         if not is_ordinary:

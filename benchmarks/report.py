@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 3.0  # bars end here, so that a peer a hundred times slower leaves room for the others
+
 
 def best_peer(values: Mapping[str, Mapping[str, float]]) -> float:
     """The median of the fastest that is not ours."""
@@ -54,17 +56,18 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         for name, value in values.items():
             ratio = value["median"] / best_peer(values)
             is_ours = name.startswith("ours")
-            axes.barh(place, ratio, color="tab:orange" if is_ours else "tab:gray")
-            text = f"{value['median']:,.4g} {result['unit']}"
-            axes.text(ratio + 0.03, place, text, va="center", fontsize=7)
+            length = min(ratio, _LONGEST)
+            axes.barh(place, length, color="tab:orange" if is_ours else "tab:gray")
+            text = f"{value['median']:,.4g} {result['unit']}, {ratio:.3g} times"
+            axes.text(length + 0.03, place, text, va="center", fontsize=7)
             ticks.append(place)
             names.append(f"{title}: {name}")
             place += 1
         place += 1
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8, zorder=0)
     axes.set_yticks(ticks, names, fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set_xlabel("median, in units of the fastest peer's")
+    axes.margins(x=0.3, y=0.01)
+    axes.set_xlabel(f"median, in units of the fastest peer's; bars end at {_LONGEST:g}")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -108,7 +108,8 @@ class FeedForward(nn.Module):
             ACT2FN[config.hidden_act] if form is None else GELU(form, config.fused_kernels)
         )
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-        self.down_proj.is_residual_projection = True  # type: ignore[assignment]  # a plain flag
+        # It starts smaller; a plain flag, which `_init_weights` of the model looks for.
+        self.down_proj.is_residual_projection = True  # type: ignore[assignment]
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -174,7 +175,7 @@ def masked_attention(
     elif module.is_causal if is_causal is None else is_causal:
         tokens, keys = scores.shape[-2:]
         is_future = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device)
-        is_future = is_future.triu(keys - tokens + 1)
+        is_future = is_future.triu(keys - tokens + 1)  # of 2 tokens, 3 keys: 001, 000
         # Not minus infinity: a row in which everything is masked would become NaN.
         scores = scores.masked_fill(is_future, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
@@ -206,7 +207,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
-        self.o_proj.is_residual_projection = True  # type: ignore[assignment]  # a plain flag
+        self.o_proj.is_residual_projection = True  # type: ignore[assignment]  # as `down_proj` is
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -243,6 +244,7 @@ class MultiHeadAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", masked_attention
         )
+        # A matter of speed: some CPUs have no instructions for half precision.
         if is_slow_attention(query, is_fused=attend is not masked_attention):
             attend = partial(attend_in_float32, attend)
         gathered, weights = attend(

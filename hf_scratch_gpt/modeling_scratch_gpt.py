@@ -183,7 +183,8 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         # An embedding that was put in place of the first one may know more tokens.
         vocab_size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
         check_inputs(inputs, past_key_values, vocab_size, self.config.hidden_size)
-        earlier = past_key_values  # the cache that was given, if any
+        # The mask is made from the cache that was given: only without one may texts be packed.
+        earlier = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         first_layer = self._first_layer()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -26,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
 from .inputs_scratch_gpt import check_inputs
-from .linear_scratch_gpt import Linear, is_changed, is_plain
+from .linear_scratch_gpt import Linear, is_changed
 from .loss_scratch_gpt import chunked_causal_loss
 from .positions_scratch_gpt import check_length, positions_at, raise_past_limit
 
@@ -293,7 +294,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = loss = None
-        if labels is not None and self._chunks_loss():
+        if labels is not None and self._chunks_loss(hidden_states):
             loss = chunked_causal_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)
@@ -309,8 +310,11 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _chunks_loss(self) -> bool:
-        """Whether a loss is computed without all logits: in training, of a head left as it is."""
+    def _chunks_loss(self, hidden_states: torch.Tensor) -> bool:
+        """Whether a loss is computed without all logits.
+
+        That is in training, of a head left as it is, where tensors are ordinary and have values.
+        """
         if not (self.config.chunked_loss and self.training and torch.is_grad_enabled()):
             return False
         head = self.lm_head
@@ -318,8 +322,11 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             type(head) is Linear
             and head.bias is None
             and not is_changed(head)
-            and is_plain(head.weight)
-            and not head.weight.is_meta
+            and type(head.weight) is nn.Parameter
+            and type(hidden_states) is torch.Tensor
+            and not hidden_states.is_meta
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
             and self.loss_function is ForCausalLMLoss
         )
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -261,3 +262,21 @@ def test_labels_outside_of_the_vocabulary(label, named):
     labels[1, 3] = label
     with pytest.raises(ValueError, match=f"label {named} is outside of the vocabulary of 97 tok"):
         chunked_causal_loss(torch.randn(2, 9, 16), torch.randn(VOCABULARY, 16), labels)
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        model = random_model(ScratchGPTForCausalLM, chunked_loss=True).train()
+        ids = torch.zeros(2, 9, dtype=torch.long)
+        assert model(ids, labels=ids).loss.shape == ()
+
+
+# torch's compiler looks at it where it leaves code to Python
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled():
+    model = random_model(ScratchGPTForCausalLM, chunked_loss=True, drop_rate=0.0).train()
+    ids = random_ids(2, 9)
+    compiled = torch.compile(model, backend="eager")
+    assert compiled(ids, labels=ids).loss.item() == pytest.approx(
+        model(ids, labels=ids).loss.item()
+    )

@@ -1,7 +1,7 @@
 """Measure this package and its peers side by side: `python -m benchmarks`.
 
-Random weights of GPT-2's size, the same for all; rounds in turns; what is written or
-scored is compared before it is timed. CTranslate2 and llama.cpp take part where they are installed
+Random weights of GPT-2's size, the same for all; rounds in turns; what is written or scored
+is compared before it is timed. CTranslate2 and llama.cpp take part where they are installed
 (`pip install -e '.[benchmarks]'`). Conversion of large models and tokenization of real texts have
 more to say for themselves: `python -m benchmarks.conversion`, `python -m benchmarks.tokenization`.
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedModel
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
@@ -30,29 +30,34 @@ def weight_bytes(folder: Path, weights: str) -> int:
 
 @torch.no_grad()
 def check(
-    name: str, ids: torch.Tensor, written: list[list[int]], folder: Path, weights: str, device: str
+    name: str,
+    ids: torch.Tensor,
+    written: list[list[int]],
+    reference: PreTrainedModel,
+    tolerance: float,
 ) -> None:
-    """Assert that GPT2LMHeadModel in float32 would have written the same, up to rounding.
+    """Assert that `reference`, in float32, would have written the same, up to rounding.
 
     Two ways to round may take one token or another where these are as good, and the texts part.
     So each token is looked at by itself, after those that were written before it.
     """
     text = torch.tensor(written)
-    whole = torch.cat([ids, text], dim=1).to(device)
-    logits = load(folder, "float32", device)[0](whole).logits[:, ids.shape[1] - 1 : -1]
-    chosen = logits.gather(-1, text.to(device)[..., None])[..., 0]
+    whole = torch.cat([ids, text], dim=1).to(reference.device)
+    logits = reference(whole).logits[:, ids.shape[1] - 1 : -1]
+    chosen = logits.gather(-1, text.to(reference.device)[..., None])[..., 0]
     gap = float(((logits.amax(-1) - chosen) / logits.std(-1)).mean())
-    assert gap < TOLERANCE[weights], f"{name} writes other tokens than GPT2LMHeadModel: {gap}"
+    assert gap < tolerance, f"{name} writes other tokens than GPT2LMHeadModel: {gap}"
 
 
 def decode(folder: Path, weights: str, rounds: int, device: str) -> dict[str, Any]:
     """Tokens a second of one text."""
     ids = torch.randint(0, 50257, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    reference = load(folder, "float32", device)[0]
     ways, firsts, texts = {}, {}, {}
     for name, write in writers(folder, weights, device):
         firsts[name] = seconds_of(lambda write=write: write(ids, 2), device)
         texts[name] = write(ids, WRITTEN)
-        check(name, ids, texts[name], folder, weights, device)
+        check(name, ids, texts[name], reference, TOLERANCE[weights])
         ways[name] = lambda write=write: write(ids, WRITTEN)
     if weights == "float32":
         expected = texts["GPT2LMHeadModel"]
@@ -95,10 +100,11 @@ def prefill(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any
 def batch(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
     """Tokens a second of 32 texts at once."""
     ids = torch.randint(0, 50257, (TEXTS, PROMPT), generator=torch.Generator().manual_seed(0))
+    reference = load(folder, "float32", device)[0]
     ways = {}
     for name, write in writers(folder, dtype, device):
         if name != "GPT2LMHeadModel, compiled" and not name.startswith("llama.cpp"):
-            check(name, ids, write(ids, WRITTEN_BY_EACH), folder, dtype, device)
+            check(name, ids, write(ids, WRITTEN_BY_EACH), reference, TOLERANCE[dtype])
             ways[name] = lambda write=write: write(ids, WRITTEN_BY_EACH)
     seconds = in_turns(ways, rounds, device)
     return {"unit": "tokens/s", "rates": rates(TEXTS * WRITTEN_BY_EACH, seconds)}

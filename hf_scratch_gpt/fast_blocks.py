@@ -108,11 +108,9 @@ def _subclass(own: type, kind: type) -> type:
     `kind` need not be the class that `own` is derived from: a model's own folder may have brought
     its own, which transformers looks for.
     """
-    return (
-        own
-        if issubclass(own, kind)
-        else type(own.__name__, (own, kind), {"__module__": own.__module__})
-    )
+    if issubclass(own, kind):
+        return own
+    return type(own.__name__, (own, kind), {"__module__": own.__module__})
 
 
 class PackedFeedForward(FeedForward):

@@ -6,6 +6,8 @@ import torch
 from transformers import Cache
 from transformers.utils.import_utils import is_tracing
 
+from .linear_scratch_gpt import is_transformed
+
 
 def check_inputs(
     inputs: torch.Tensor, past_key_values: object, vocab_size: int, hidden_size: int
@@ -25,7 +27,7 @@ def check_inputs(
             f"past_key_values is a {type(past_key_values).__name__}; give a Cache, such as "
             "DynamicCache()"
         )
-    if is_tracing(inputs) or torch._C._are_functorch_transforms_active():
+    if is_tracing(inputs) or is_transformed():
         return  # there are no values to look at
     shape = list(inputs.shape)
     if inputs.is_floating_point():

@@ -112,9 +112,13 @@ def is_plain(weight: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         # Code that watches operators knows torch's; oneDNN's would go uncounted.
         and not is_in_torch_dispatch_mode()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or `vmap` is at work, or derivatives are computed forwards."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_one_token(x: torch.Tensor) -> bool:

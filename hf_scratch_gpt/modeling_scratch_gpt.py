@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -27,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
 from .inputs_scratch_gpt import check_inputs
-from .linear_scratch_gpt import Linear, is_changed
+from .linear_scratch_gpt import Linear, is_changed, is_transformed
 from .loss_scratch_gpt import chunked_causal_loss
 from .positions_scratch_gpt import check_length, positions_at, raise_past_limit
 
@@ -325,8 +324,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             and type(head.weight) is nn.Parameter
             and type(hidden_states) is torch.Tensor
             and not hidden_states.is_meta
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
+            and not is_transformed()
             and self.loss_function is ForCausalLMLoss
         )
 

@@ -1,8 +1,9 @@
 // One token's way through a GPT, with the keys and values of the tokens before it at hand.
 //
 // To write a token, all weights are read once and used once, so this is as fast as memory is read.
-// Each thread is given rows of each matrix; sums are in float32, of int8 in 32 bits. The mathematics is that of
-// `blocks_scratch_gpt.py`; `one_token.py` compiles this file and fills in the structures.
+// Each thread is given rows of each matrix; sums are in float32, those of int8 in 32 bits. The
+// mathematics is that of `blocks_scratch_gpt.py`; `one_token.py` compiles this file and fills in
+// the structures.
 //
 // C hidden, H heads, D head size, S tokens so far
 

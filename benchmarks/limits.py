@@ -4,7 +4,7 @@ import torch
 
 from hf_scratch_gpt.half_scratch_gpt import multiplied_as
 from hf_scratch_gpt.large_pages import move_to_large_pages
-from hf_scratch_gpt.one_token import multiply_seconds
+from hf_scratch_gpt.one_token import WAYS, multiply_seconds
 
 from .timing import best_seconds
 
@@ -18,7 +18,7 @@ def read_bandwidth(device: str) -> float:
     seconds = [best_seconds(layer.weight.sum, device)]
     if device == "cpu":
         move_to_large_pages([layer.weight])
-        seconds += [multiply_seconds(layer, way) for way in (False, True) for _ in range(9)]
+        seconds += [multiply_seconds(layer, way) for way in WAYS for _ in range(9)]
     return _BYTES / min(seconds)
 
 

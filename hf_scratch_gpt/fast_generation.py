@@ -30,7 +30,7 @@ from .one_token import (
     OneToken,
     can_compute,
     compiled,
-    is_faster_apart,
+    fastest_way,
     name_of,
 )
 
@@ -101,7 +101,8 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         model.generation_config.max_cache_len = model.config.max_position_embeddings
     kind = type(model)
     members: dict[str, Any] = {"__module__": kind.__module__, "weight_format": weights}
-    members["reads_apart"] = can_compute(model) and is_faster_apart(model.lm_head)
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    members["way"] = fastest_way(layers) if can_compute(model) else 0
     if name_of(kind) == "modeling_scratch_gpt.ScratchGPTForCausalLM":
         members["forward"] = _asking_for_less(kind.forward)
     # The same name, since it is saved with a model.
@@ -217,7 +218,7 @@ class _FastGeneration(GenerationMixin):
     """Goes before a language model's own class."""
 
     weight_format: str | None
-    reads_apart: bool  # see `is_faster_apart`
+    way: int  # see `fastest_way`
 
     def _sample(
         self,
@@ -258,7 +259,7 @@ class _FastGeneration(GenerationMixin):
             )
         logits = self(input_ids, past_key_values=cache, logits_to_keep=1).logits
         memory = _borrow_memory(self)
-        one_token = OneToken(self, memory, cache, self.reads_apart)
+        one_token = OneToken(self, memory, cache, self.way)
         while True:
             scores = logits_processor(input_ids, logits[:, -1].float())
             if generation_config.do_sample:

@@ -53,7 +53,7 @@ struct Model {
   int64_t heads;
   int64_t room;        // for so many tokens
   int64_t inner_size;  // of the feed-forward
-  bool reads_apart;    // see `multiply`
+  int64_t way;         // to read matrices; see `multiply`
 };
 
 inline float wide(float number) { return number; }
@@ -73,15 +73,32 @@ inline void put(BFloat16* place, float number) {
   *place = BFloat16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to the nearest, ties to even
 }
 
+constexpr int64_t kLine = 64;     // bytes, what memory is read by
+constexpr int64_t kAhead = 2048;  // bytes
+
+// Ask for the line that is `kAhead` bytes further on; there may be no memory at all.
+template <bool ahead, typename T>
+inline void ask_ahead(const T* place) {
+  if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(place) + kAhead);
+}
+
 // The products of x and each of N vectors of `count` numbers, which start `distance` numbers apart.
-template <int N, typename T>
+template <int N, bool ahead, typename T>
 [[gnu::noinline]] void dots(const float* x, const T* y, int64_t distance, int64_t count, float* sums) {
   constexpr int64_t kWidth = 16;  // so many sums at once keep a processor busy
+  constexpr int64_t kStep = kLine / sizeof(T);
   float parts[N][kWidth] = {};
-  const int64_t whole = count / kWidth * kWidth;
-  for (int64_t i = 0; i < whole; i += kWidth)
-    for (int n = 0; n < N; n++)
-      for (int64_t j = 0; j < kWidth; j++) parts[n][j] += x[i + j] * wide(y[n * distance + i + j]);
+  const auto add = [&](int n, int64_t i) {
+    for (int64_t j = 0; j < kWidth; j++) parts[n][j] += x[i + j] * wide(y[n * distance + i + j]);
+  };
+  const int64_t whole = count / kWidth * kWidth, lines = count / kStep * kStep;
+  for (int64_t i = 0; i < lines; i += kStep)
+    for (int n = 0; n < N; n++) {
+      ask_ahead<ahead>(&y[n * distance + i]);
+      for (int64_t j = 0; j < kStep; j += kWidth) add(n, i + j);
+    }
+  for (int64_t i = lines; i < whole; i += kWidth)
+    for (int n = 0; n < N; n++) add(n, i);
   for (int n = 0; n < N; n++) {
     for (int64_t width = kWidth / 2; width > 0; width /= 2)
       for (int64_t j = 0; j < width; j++) parts[n][j] += parts[n][width + j];
@@ -98,10 +115,10 @@ struct Input {
   Input(const std::vector<float>& x) : x(x.data()) {}
 
   // By N rows, from `row` on, `distance` rows apart.
-  template <int N>
+  template <int N, bool ahead>
   void times(const Product& product, int64_t row, int64_t distance, float* y) const {
     const W* weight = static_cast<const W*>(product.weight) + row * product.columns;
-    dots<N>(x, weight, distance * product.columns, product.columns, y);
+    dots<N, ahead>(x, weight, distance * product.columns, product.columns, y);
   }
 };
 
@@ -125,9 +142,9 @@ struct Input<int8_t> {
     for (size_t i = 0; i < x.size(); i++) x[i] = int16_t(std::lrint(exact[i] / scale));
   }
 
-  template <int N>
+  template <int N, bool ahead>
   [[gnu::noinline]] void times(const Product& product, int64_t row, int64_t distance, float* y) const {
-    const int64_t columns = product.columns, width = N == 1 ? columns : 64;
+    const int64_t columns = product.columns, width = N == 1 && !ahead ? columns : kLine;
     const int64_t whole = columns / width * width;
     const int8_t* weight = static_cast<const int8_t*>(product.weight) + row * columns;
     int32_t sums[N] = {};
@@ -135,8 +152,10 @@ struct Input<int8_t> {
       sums[n] += int32_t(x[i]) * int16_t(weight[n * distance * columns + i]);
     };
     for (int64_t i = 0; i < whole; i += width)
-      for (int n = 0; n < N; n++)
+      for (int n = 0; n < N; n++) {
+        ask_ahead<ahead>(&weight[n * distance * columns + i]);
         for (int64_t j = 0; j < width; j++) add(n, i + j);
+      }
     for (int n = 0; n < N; n++) {
       for (int64_t i = whole; i < columns; i++) add(n, i);
       y[n] = sums[n] * scale * product.scale[row + n * distance];
@@ -144,31 +163,40 @@ struct Input<int8_t> {
   }
 };
 
-// Hand some rows of W x + bias to `use`, those of this thread, which waits for no other. It reads N
-// of them at once, from N places of its share.
-template <int N, typename W, typename Use>
-void multiply_rows(const Product& product, const Input<W>& x, Use use) {
-  const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  const int64_t start = product.rows * thread / threads, end = product.rows * (thread + 1) / threads;
-  const int64_t distance = (end - start) / N;
-  const auto use_with_bias = [&](int64_t row, float y) {
-    use(row, product.bias ? y + product.bias[row] : y);
-  };
-  float y[N];
-  for (int64_t row = start; row < start + distance; row++) {
-    x.template times<N>(product, row, distance, y);
-    for (int n = 0; n < N; n++) use_with_bias(row + n * distance, y[n]);
-  }
-  for (int64_t row = start + N * distance; row < end; row++) {
-    x.template times<1>(product, row, 0, y);
-    use_with_bias(row, y[0]);
+constexpr int64_t kPlaces = 4;
+
+// Some processors read memory faster from four places at once, others from one; some if they are
+// asked ahead of what is needed, others foresee it. `way` 0 and 2 are one place, 2 and 3 ask ahead.
+template <typename W>
+void times(int64_t way, const Input<W>& x, const Product& product, int64_t row, int64_t distance,
+           float* y) {
+  switch (way) {
+    case 0: return x.template times<1, false>(product, row, distance, y);
+    case 1: return x.template times<kPlaces, false>(product, row, distance, y);
+    case 2: return x.template times<1, true>(product, row, distance, y);
+    default: return x.template times<kPlaces, true>(product, row, distance, y);
   }
 }
 
-// Some processors read memory faster from four places at once, others from one.
+// Hand some rows of W x + bias to `use`, those of this thread, which waits for no other. If it reads
+// from several places at once, these are as far apart as its share allows.
 template <typename W, typename Use>
-void multiply(const Product& product, const Input<W>& x, bool reads_apart, Use use) {
-  reads_apart ? multiply_rows<4>(product, x, use) : multiply_rows<1>(product, x, use);
+void multiply(const Product& product, const Input<W>& x, int64_t way, Use use) {
+  const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  const int64_t start = product.rows * thread / threads, end = product.rows * (thread + 1) / threads;
+  const int64_t places = way % 2 ? kPlaces : 1, distance = (end - start) / places;
+  const auto use_with_bias = [&](int64_t row, float y) {
+    use(row, product.bias ? y + product.bias[row] : y);
+  };
+  float y[kPlaces];
+  for (int64_t row = start; row < start + distance; row++) {
+    times(way, x, product, row, distance, y);
+    for (int64_t n = 0; n < places; n++) use_with_bias(row + n * distance, y[n]);
+  }
+  for (int64_t row = start + places * distance; row < end; row++) {
+    times(way - way % 2, x, product, row, 0, y);
+    use_with_bias(row, y[0]);
+  }
 }
 
 void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>& y) {
@@ -213,7 +241,7 @@ template <typename T>
 void attend(const float* query, const T* keys, const T* values, int64_t tokens, int64_t size,
             float scaling, std::vector<float>& weights, float* gathered) {
   for (int64_t s = 0; s < tokens; s++) {
-    dots<1>(query, keys + s * size, 0, size, &weights[s]);
+    dots<1, false>(query, keys + s * size, 0, size, &weights[s]);
     weights[s] *= scaling;
   }
   const float largest = *std::max_element(weights.begin(), weights.begin() + tokens);
@@ -233,7 +261,7 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
   const int64_t hidden_size = model.head.columns, size = hidden_size / model.heads;
   std::vector<float> hidden(embedded, embedded + hidden_size);
   std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.inner_size);
-  const bool apart = model.reads_apart;
+  const int64_t way = model.way;
 
 #pragma omp parallel num_threads(threads)
   {
@@ -249,9 +277,9 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
 
       normalize(hidden, block->input_layernorm, normalized);
       const Input<W> x(normalized);
-      multiply(block->query, x, apart, [&](int64_t row, float y) { query[row] = y; });
-      multiply(block->key, x, apart, [&](int64_t row, float y) { put(keys + place(row), y); });
-      multiply(block->value, x, apart, [&](int64_t row, float y) { put(values + place(row), y); });
+      multiply(block->query, x, way, [&](int64_t row, float y) { query[row] = y; });
+      multiply(block->key, x, way, [&](int64_t row, float y) { put(keys + place(row), y); });
+      multiply(block->value, x, way, [&](int64_t row, float y) { put(values + place(row), y); });
 #pragma omp barrier
 #pragma omp for
       for (int64_t head = 0; head < model.heads; head++) {
@@ -259,33 +287,33 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
         attend(&query[head * size], keys + start, values + start, position + 1, size,
                block->scaling, weights, &gathered[head * size]);
       }
-      multiply(block->out, Input<W>(gathered), apart,
+      multiply(block->out, Input<W>(gathered), way,
                [&](int64_t row, float y) { hidden[row] += y; });
 #pragma omp barrier
 
       normalize(hidden, block->post_attention_layernorm, normalized);
-      multiply(block->up, Input<W>(normalized), apart,
+      multiply(block->up, Input<W>(normalized), way,
                [&](int64_t row, float y) { inner[row] = y; });
 #pragma omp barrier
       activated = inner;
       gelu(activated, block->tanh);
-      multiply(block->down, Input<W>(activated), apart,
+      multiply(block->down, Input<W>(activated), way,
                [&](int64_t row, float y) { hidden[row] += y; });
 #pragma omp barrier
     }
     normalize(hidden, model.norm, normalized);
-    multiply(model.head, Input<W>(normalized), apart,
+    multiply(model.head, Input<W>(normalized), way,
              [&](int64_t row, float y) { logits[row] = y; });
   }
 }
 
 // One product by itself, to see how fast its matrix is read.
 template <typename W>
-void multiply_alone(const Product& product, bool reads_apart, const float* x, float* y,
+void multiply_alone(const Product& product, int64_t way, const float* x, float* y,
                     int threads) {
   const std::vector<float> numbers(x, x + product.columns);
 #pragma omp parallel num_threads(threads)
-  multiply(product, Input<W>(numbers), reads_apart, [&](int64_t row, float sum) { y[row] = sum; });
+  multiply(product, Input<W>(numbers), way, [&](int64_t row, float sum) { y[row] = sum; });
 }
 
 }  // namespace
@@ -312,18 +340,18 @@ void step_int8_bfloat16(const Model* model, int64_t position, const float* embed
   step<int8_t, BFloat16>(*model, position, embedded, logits, threads);
 }
 
-void multiply_float32(const Product* product, bool reads_apart, const float* x, float* y,
+void multiply_float32(const Product* product, int64_t way, const float* x, float* y,
                       int threads) {
-  multiply_alone<float>(*product, reads_apart, x, y, threads);
+  multiply_alone<float>(*product, way, x, y, threads);
 }
 
-void multiply_bfloat16(const Product* product, bool reads_apart, const float* x, float* y,
+void multiply_bfloat16(const Product* product, int64_t way, const float* x, float* y,
                        int threads) {
-  multiply_alone<BFloat16>(*product, reads_apart, x, y, threads);
+  multiply_alone<BFloat16>(*product, way, x, y, threads);
 }
 
-void multiply_int8(const Product* product, bool reads_apart, const float* x, float* y,
+void multiply_int8(const Product* product, int64_t way, const float* x, float* y,
                    int threads) {
-  multiply_alone<int8_t>(*product, reads_apart, x, y, threads);
+  multiply_alone<int8_t>(*product, way, x, y, threads);
 }
 }

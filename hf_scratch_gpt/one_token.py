@@ -27,7 +27,10 @@ _FLAGS = (
     "-fno-math-errno -fno-signed-zeros -fno-trapping-math"
 )
 ATTENTION = "bands_or_sdpa"  # what transformers is told to call that of `fast_blocks`
-_TRIALS = 5  # of each way to read a matrix; the fastest counts
+# To read a matrix from one place, from four at once, and both with asking ahead; see the C++.
+WAYS = range(4)
+_TRIALS = 3  # of each way; the fastest counts
+_ENOUGH = 2**28  # bytes of matrices to try ways on
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # The modules whose mathematics the C++ knows. By name, as a model's own folder may have brought
 # its own copies of these files.
@@ -196,7 +199,7 @@ class _Model(ctypes.Structure):
         ("heads", ctypes.c_int64),
         ("room", ctypes.c_int64),
         ("inner_size", ctypes.c_int64),
-        ("reads_apart", ctypes.c_bool),
+        ("way", ctypes.c_int64),
     )
 
 
@@ -224,8 +227,8 @@ def _vector(numbers: torch.Tensor, held: list[Any]) -> int:
     return held[-1].data_ptr()
 
 
-def multiply_seconds(linear: nn.Linear, reads_apart: bool) -> float:
-    """Seconds in which the C++ multiplies one vector by the matrix of `linear`."""
+def multiply_seconds(linear: nn.Linear, way: int) -> float:
+    """Seconds that the C++ takes for the matrix of `linear` and one vector, in one of `WAYS`."""
     held: list[Any] = []
     product = _product(linear, held)
     x = torch.ones(product.columns, dtype=torch.float32, device="cpu")
@@ -235,7 +238,7 @@ def multiply_seconds(linear: nn.Linear, reads_apart: bool) -> float:
     start = time.perf_counter()
     multiply(
         ctypes.byref(product),
-        ctypes.c_bool(reads_apart),
+        ctypes.c_int64(way),
         ctypes.c_void_p(x.data_ptr()),
         ctypes.c_void_p(y.data_ptr()),
         ctypes.c_int(torch.get_num_threads()),
@@ -243,14 +246,23 @@ def multiply_seconds(linear: nn.Linear, reads_apart: bool) -> float:
     return time.perf_counter() - start
 
 
-def is_faster_apart(linear: nn.Linear) -> bool:
-    """Whether this machine reads the matrix of `linear` faster from several places at once.
+def fastest_way(layers: list[nn.Linear]) -> int:
+    """The one of `WAYS` in which this machine reads the matrices of `layers` fastest.
 
-    Some processors do, by a quarter, others do not, so it is tried here and now.
+    Processors differ, by a quarter and more, so all are tried here and now, on as many of the
+    layers as no cache holds.
     """
-    trials = [[multiply_seconds(linear, way) for way in (False, True)] for _ in range(_TRIALS)]
-    together, apart = map(min, zip(*trials, strict=True))
-    return apart < together
+    tried, size = [], 0
+    for layer in layers:
+        if size < _ENOUGH:
+            tried.append(layer)
+            size += layer.weight.numel() * layer.weight.itemsize
+    seconds = [
+        [sum(multiply_seconds(layer, way) for layer in tried) for way in WAYS]
+        for _ in range(_TRIALS)
+    ]
+    shortest = [min(of_way) for of_way in zip(*seconds, strict=True)]
+    return min(WAYS, key=shortest.__getitem__)
 
 
 class OneToken:
@@ -260,12 +272,10 @@ class OneToken:
         model: one that `can_compute` is true of, and that nothing changes meanwhile.
         memory: keys and values; nobody else may use it meanwhile.
         prompt: what the model has made of the tokens before.
-        reads_apart: read matrices from several places at once; see `is_faster_apart`.
+        way: one of `WAYS` to read matrices in; see `fastest_way`.
     """
 
-    def __init__(
-        self, model: Any, memory: Memory, prompt: DynamicCache, reads_apart: bool = False
-    ) -> None:
+    def __init__(self, model: Any, memory: Memory, prompt: DynamicCache, way: int = 0) -> None:
         self._length = prompt.get_seq_length()
         for keys, values, read in zip(memory.keys, memory.values, prompt.layers, strict=True):
             keys[:, : self._length] = read.keys[0]
@@ -285,7 +295,7 @@ class OneToken:
             heads=model.config.num_attention_heads,
             room=model.config.max_position_embeddings,
             inner_size=model.config.intermediate_size,
-            reads_apart=reads_apart,
+            way=way,
         )
         weights = "int8_" if model.lm_head.weight.dtype == torch.int8 else ""
         self._step = compiled()[f"step_{weights}{_DTYPES[model.dtype]}"]

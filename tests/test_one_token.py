@@ -12,12 +12,13 @@ from transformers import DynamicCache
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
 from hf_scratch_gpt.fast_blocks import Int8Linear
 from hf_scratch_gpt.one_token import (
+    WAYS,
     Memory,
     OneToken,
     _product,
     can_compute,
     compiled,
-    is_faster_apart,
+    fastest_way,
     multiply_seconds,
 )
 
@@ -27,11 +28,11 @@ READ = 5
 
 
 @torch.no_grad()
-def logits_by_steps(model, ids, reads_apart=False):
+def logits_by_steps(model, ids, way=0):
     """Scores after each of `ids` (1, T) but the first few, which are read at once."""
     cache = DynamicCache(config=model.config)
     model(ids[:, :READ], past_key_values=cache)
-    step = OneToken(model, Memory(model.config, model.dtype), cache, reads_apart)
+    step = OneToken(model, Memory(model.config, model.dtype), cache, way)
     return torch.cat([step.logits_after(token[None, None]) for token in ids[0, READ:]], dim=1)
 
 
@@ -124,10 +125,10 @@ def test_int8_sums_of_a_wide_matrix_have_room():
     multiply = compiled()["multiply_int8"]
     multiply.restype = None
     x = torch.ones(3072)
-    for reads_apart in (False, True):
+    for way in WAYS:
         multiply(
             ctypes.byref(product),
-            ctypes.c_bool(reads_apart),
+            ctypes.c_int64(way),
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(y.data_ptr()),
             ctypes.c_int(1),
@@ -146,7 +147,7 @@ def test_int8_of_a_vector_of_zeros():
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @torch.no_grad()
-def test_any_number_of_threads_and_places_gives_the_same(weights):
+def test_any_number_of_threads_and_way_to_read_gives_the_same(weights):
     model, ids = make(torch.bfloat16 if weights == "bfloat16" else torch.float32), random_ids(1, 12)
     if weights == "int8":
         optimize_for_generation(model, weights="int8")
@@ -155,7 +156,7 @@ def test_any_number_of_threads_and_places_gives_the_same(weights):
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results += [logits_by_steps(model, ids, reads_apart=apart) for apart in (False, True)]
+            results += [logits_by_steps(model, ids, way) for way in WAYS]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)  # each row is one thread's
@@ -164,13 +165,13 @@ def test_any_number_of_threads_and_places_gives_the_same(weights):
 @torch.no_grad()
 def test_which_way_to_read_is_tried(monkeypatch):
     layer = torch.nn.Linear(200, 50)
-    assert multiply_seconds(layer, True) > 0
-    for apart, together, choice in ((1.0, 2.0, True), (2.0, 1.0, False)):
-        seconds = {True: apart, False: together}
+    assert all(multiply_seconds(layer, way) > 0 for way in WAYS)
+    for fastest in WAYS:
+        seconds = [1.0 if way == fastest else 2.0 for way in WAYS]
         monkeypatch.setattr(
             "hf_scratch_gpt.one_token.multiply_seconds", lambda layer, way, by=seconds: by[way]
         )
-        assert is_faster_apart(layer) is choice
+        assert fastest_way([layer, layer]) == fastest
 
 
 def test_what_it_cannot_compute():

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .fast_blocks import Int8Linear, LastBlock, PackedFeedForward, PackedLinear
-from .half_scratch_gpt import is_slow
+from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
 from .large_pages import move_to_large_pages
 from .linear_scratch_gpt import is_changed, is_plain
 from .one_token import (
@@ -183,8 +183,10 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
     for layer in layers:
         if layer.weight.dtype in packable:
             PackedLinear.take_over(layer)
-    has_bands = model.dtype == torch.bfloat16 and not is_slow(model.dtype)
-    if model.config._attn_implementation == "sdpa" and has_bands:
+    # torch's attention is ahead where the CPU has a matrix unit, or else no instructions at all.
+    is_other_ahead = is_slow(model.dtype) or HAS_MATRIX_UNIT
+    is_bfloat16 = model.dtype == torch.bfloat16
+    if model.config._attn_implementation == "sdpa" and is_bfloat16 and not is_other_ahead:
         model.set_attn_implementation(ATTENTION)
 
 

@@ -1,4 +1,4 @@
-"""Half precision on CPUs that have no instructions for it: what is done in float32 instead."""
+"""What a CPU does with half precision: where it has no instructions for it, float32 is used."""
 
 import platform
 from collections.abc import Callable
@@ -24,6 +24,8 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
 
 
 _SLOW_DTYPES = _slow_dtypes()
+# Multiplies tiles of bfloat16 by one another: Intel's AMX.
+HAS_MATRIX_UNIT: bool = torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def is_slow(dtype: torch.dtype) -> bool:

@@ -11,23 +11,25 @@ from torch.backends import mkldnn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .half_scratch_gpt import is_slow, multiplied_as
+from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow, multiplied_as
 
 _ROWS = 2**9  # rows that GELU is applied to at a time
 _PIECE = 2**20  # numbers of a matrix that are turned into float32 at a time; a cache holds them
 _FEW = 3  # vectors that half precision multiplies as fast as float32, which is more to write
-_HAS_ONEDNN = mkldnn.is_available()
+_CPU = torch.cpu.get_capabilities().get("cpu_name", "")
+# torch multiplies float32 by MKL, which is at its best on processors of its maker's.
+_IS_ONEDNN_AHEAD = mkldnn.is_available() and not _CPU.startswith("Intel")
 
 
 class Linear(nn.Linear):
     """y = x W^T + b: torch's own layer, faster on CPUs.
 
     To write one token a model reads all its weights, so the speed of memory is the limit. Three of
-    torch's ways stay far below it (figures in `benchmarks/NOTES.md`): in float32 the product of a
-    matrix and one vector runs on one thread, where oneDNN, which torch has as well, takes them all;
-    in bfloat16 it is oneDNN's, which rearranges the matrix each time, where torch's own reads it as
-    it lies, twice as fast; and compiled code calls the same slow products, where the sum written
-    out becomes a loop that reads as fast as memory gives.
+    torch's ways stay far below it (figures in `benchmarks/NOTES.md`): in float32, if not on Intel's
+    processors, the product of a matrix and one vector runs on one thread, where oneDNN, which torch
+    has as well, takes them all; in bfloat16 it is oneDNN's, which rearranges the matrix each time,
+    where others read it as it lies, up to twice as fast; and compiled code calls the same slow
+    products, where the sum written out becomes a loop that reads as fast as memory gives.
 
     Half precision that the CPU has no instructions for is multiplied in float32, and training under
     autocast keeps less for the backward pass: see `own_product`.
@@ -46,12 +48,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         if torch.compiler.is_compiling():
             if is_one_token(x):
                 return written_out(x, weight, bias)
-        elif _HAS_ONEDNN and x.dtype == torch.float32 and mkldnn.enabled:
+        elif _IS_ONEDNN_AHEAD and x.dtype == torch.float32 and mkldnn.enabled:
             return by_onednn(x, weight, bias)
         elif is_slow(x.dtype) and x.numel() > _FEW * x.shape[-1]:
             return by_float32(x, weight, bias)
         elif x.dtype == torch.bfloat16 and is_one_token(x) and weight.is_contiguous():
-            return without_onednn(x, weight, bias)
+            return by_vector(x, weight, bias)
     if has_own_product(x, weight):
         return own_product(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -176,6 +178,16 @@ def by_onednn(
         bias = bias.contiguous()  # another is read as if it were
     after, form = ("none", "") if gelu is None else ("gelu", gelu)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], form)
+
+
+def by_vector(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of one vector `x` (..., C) and `weight` (D, C), (..., D), in bfloat16."""
+    if not HAS_MATRIX_UNIT:
+        return without_onednn(x, weight, bias)
+    # The matrix first: oneDNN then reads it as it lies, and does not rearrange it for the unit.
+    vector = x.reshape(-1)
+    product = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
+    return product.view(*x.shape[:-1], -1)
 
 
 def without_onednn(

@@ -235,6 +235,7 @@ def test_evaluation_under_autocast():
 def test_half_precision_in_pieces(slow_half, monkeypatch):
     """No more of a matrix is in float32 at a time than is good for the cache."""
     monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt._PIECE", 1000)
+    monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt._IS_ONEDNN_AHEAD", True)
     linear, x, calls = layer(torch.bfloat16), torch.randn(5, 48).bfloat16(), []
     monkeypatch.setattr(
         "hf_scratch_gpt.linear_scratch_gpt.by_onednn",
@@ -281,8 +282,35 @@ def test_onednn_keeps_its_precision():
         mkldnn.set_flags(_fp32_precision="none")
 
 
+@pytest.mark.parametrize("is_ahead", [True, False])
+@torch.no_grad()
+def test_the_same_whichever_is_ahead(is_ahead, monkeypatch):
+    """MKL is asked on some processors, oneDNN on others."""
+    monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt._IS_ONEDNN_AHEAD", is_ahead)
+    linear_layer = layer()
+    for rows in (1, 6):
+        x = torch.randn(rows, 48)
+        close = {"atol": 1e-6, "rtol": 1e-5}
+        torch.testing.assert_close(linear_layer(x).double(), in_float64(linear_layer, x), **close)
+
+
+@pytest.mark.parametrize("has_unit", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 1, 48)], ids=str)
+@torch.no_grad()
+def test_a_vector_with_and_without_a_matrix_unit(has_unit, bias, shape, monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt.HAS_MATRIX_UNIT", has_unit)
+    linear_layer, x = layer(torch.bfloat16, bias=bias), torch.randn(shape).bfloat16()
+    y = linear_layer(x)
+    assert y.shape == (*shape[:-1], 80)
+    assert y.dtype == torch.bfloat16
+    exact = in_float64(linear_layer, x)
+    torch.testing.assert_close(y.double(), exact, atol=1e-3, rtol=2**-8)
+
+
 @torch.no_grad()
 def test_without_onednn_it_is_not_called(monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt._IS_ONEDNN_AHEAD", True)
     monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt.by_onednn", lambda *args: 1 / 0)
     x = torch.randn(6, 48)
     mkldnn.set_flags(_enabled=False)

@@ -1,6 +1,7 @@
 """Writing and reading: one text, a long prompt, 32 texts at once."""
 
 import math
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,13 @@ def decode(folder: Path, weights: str, rounds: int, device: str) -> dict[str, An
     """Tokens a second of one text."""
     ids = torch.randint(0, 50257, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     reference = load(folder, "float32", device)[0]
-    ways, firsts, texts = {}, {}, {}
+    ways, firsts, texts, crashed = {}, {}, {}, []
     for name, write in writers(folder, weights, device):
-        firsts[name] = seconds_of(lambda write=write: write(ids, 2), device)
+        try:
+            firsts[name] = seconds_of(lambda write=write: write(ids, 2), device)
+        except BrokenProcessPool:
+            crashed.append(name)
+            continue
         texts[name] = write(ids, WRITTEN)
         check(name, ids, texts[name], reference, TOLERANCE[weights])
         ways[name] = lambda write=write: write(ids, WRITTEN)
@@ -69,6 +74,7 @@ def decode(folder: Path, weights: str, rounds: int, device: str) -> dict[str, An
         "rates": rates(WRITTEN, in_turns(ways, rounds, device)),
         "limit": read_bandwidth(device) / size,
         "first call, s": firsts,
+        "crashed": crashed,
     }
 
 

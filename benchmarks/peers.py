@@ -126,31 +126,44 @@ def by_ctranslate2(folder: Path, weights: str, environment: dict[str, str]) -> W
         with tempfile.TemporaryDirectory() as named:
             add_vocabulary(folder, Path(named))
             TransformersConverter(named).convert(str(converted), quantization=weights)
-    given = str(converted), weights, torch.get_num_threads(), environment
-    pool = ProcessPoolExecutor(1, get_context("spawn"), _start_ctranslate2, given)
-    pool.submit(os.getpid).result()
-    return lambda ids, count: pool.submit(_write_by_ctranslate2, ids.tolist(), count).result()
+    return in_own_process(
+        _start_ctranslate2, str(converted), weights, torch.get_num_threads(), environment
+    )
+
+
+def in_own_process(start: Callable[..., None], *arguments: object) -> Write:
+    """What `start`, called there, leaves in `_write`; an error if that process ends."""
+    pool = ProcessPoolExecutor(1, get_context("spawn"), start, arguments)
+    return lambda ids, count: pool.submit(_call_write, ids.tolist(), count).result()
+
+
+_write: Callable[[list[list[int]], int], list[list[int]]]  # of a process of its own
+
+
+def _call_write(ids: list[list[int]], count: int) -> list[list[int]]:
+    return _write(ids, count)
 
 
 def _start_ctranslate2(
     converted: str, weights: str, threads: int, environment: dict[str, str]
 ) -> None:
-    global _generator
+    global _write
     os.environ.update(environment)
     import ctranslate2
 
-    _generator = ctranslate2.Generator(converted, compute_type=weights, intra_threads=threads)
+    generator = ctranslate2.Generator(converted, compute_type=weights, intra_threads=threads)
 
+    def write(ids: list[list[int]], count: int) -> list[list[int]]:
+        results = generator.generate_batch(
+            [[f"<{number}>" for number in row] for row in ids],
+            max_length=count,
+            min_length=count,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
+        return [result.sequences_ids[0] for result in results]
 
-def _write_by_ctranslate2(ids: list[list[int]], count: int) -> list[list[int]]:
-    results = _generator.generate_batch(
-        [[f"<{number}>" for number in row] for row in ids],
-        max_length=count,
-        min_length=count,
-        sampling_topk=1,
-        include_prompt_in_result=False,
-    )
-    return [result.sequences_ids[0] for result in results]
+    _write = write
 
 
 def add_vocabulary(folder: Path, named: Path) -> None:
@@ -164,16 +177,23 @@ def add_vocabulary(folder: Path, named: Path) -> None:
 
 
 def by_llama_cpp(folder: Path, weights: str, flash_attn: bool) -> Write:
-    """llama.cpp on a GGUF file made of `folder`; it takes one text."""
-    import llama_cpp
+    """llama.cpp on a GGUF file made of `folder`; it takes one text.
 
+    It is given a process of its own: on some processors it crashes.
+    """
     kind = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}[weights]
     path = folder.parent / f"{folder.name}-{kind}.gguf"
     if not path.exists():
         write_gguf(folder, path, kind)
-    threads = torch.get_num_threads()
+    return in_own_process(_start_llama_cpp, str(path), torch.get_num_threads(), flash_attn)
+
+
+def _start_llama_cpp(path: str, threads: int, flash_attn: bool) -> None:
+    global _write
+    import llama_cpp
+
     llama = llama_cpp.Llama(
-        str(path),
+        path,
         n_ctx=1024,
         n_threads=threads,
         n_threads_batch=threads,
@@ -181,11 +201,9 @@ def by_llama_cpp(folder: Path, weights: str, flash_attn: bool) -> Write:
         verbose=False,
     )
 
-    def write(ids: torch.Tensor, count: int) -> list[list[int]]:
-        if len(ids) > 1:
-            raise NotImplementedError
+    def write(ids: list[list[int]], count: int) -> list[list[int]]:
         llama.reset()
-        llama.eval(ids[0].tolist())
+        llama.eval(ids[0])
         written: list[int] = []
         while True:
             logits = numpy.ctypeslib.as_array(llama._ctx.get_logits(), (llama.n_vocab(),))
@@ -194,7 +212,7 @@ def by_llama_cpp(folder: Path, weights: str, flash_attn: bool) -> Write:
                 return [written]
             llama.eval(written[-1:])
 
-    return write
+    _write = write
 
 
 def write_gguf(folder: Path, path: Path, kind: str) -> None:

@@ -48,4 +48,4 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
     for way in ways.values():
         way()
     # A load takes a twentieth of a second, so chance needs more of them.
-    return {"unit": "loads/s", "rates": rates(1, in_turns(ways, 5 * rounds))}
+    return {"unit": "loads/s", "rates": rates(1, in_turns(ways, 10 * rounds))}

@@ -97,7 +97,7 @@ def flops(folder: Path, length: int) -> int:
 def training(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
     """AdamW, under autocast where `dtype` is bfloat16; then short steps for the losses."""
     length, short = lengths(dtype, device)
-    rounds = min(rounds, 2) if length == LENGTH else 1
+    rounds = min(rounds, 3) if length == LENGTH else 1
     results: dict[str, list[dict]] = {name: [] for name in NAMES}
     for _ in range(rounds):
         for name in NAMES:

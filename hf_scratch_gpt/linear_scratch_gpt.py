@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow, multiplied_as
 
-_ROWS = 2**9  # rows that GELU is applied to at a time
+_ROWS = 2**11 if HAS_MATRIX_UNIT else 2**9  # rows that GELU is applied to at a time
 _PIECE = 2**20  # numbers of a matrix that are turned into float32 at a time; a cache holds them
 _FEW = 3  # vectors that half precision multiplies as fast as float32, which is more to write
 _CPU = torch.cpu.get_capabilities().get("cpu_name", "")
@@ -268,13 +268,13 @@ class _OwnProduct(torch.autograd.Function):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast("cpu", enabled=False):
             if gelu is None and dtype == x.dtype:
-                return F.linear(x, weight, bias)
-            result = x.new_empty(*x.shape[:-1], len(weight))
-            pieces = x.reshape(-1, x.shape[-1]).split(_ROWS)
-            for rows, out in zip(pieces, result.view(-1, len(weight)).split(_ROWS), strict=True):
+                return _multiply(x, weight, bias)
+            products = []
+            for rows in x.reshape(-1, x.shape[-1]).split(_ROWS):
                 activated = rows if gelu is None else F.gelu(rows, approximate=gelu)
-                out.copy_(F.linear(activated.to(dtype), weight, bias))
-        return result
+                products.append(_multiply(activated.to(dtype), weight, bias).to(x.dtype))
+        result = products[0] if len(products) == 1 else torch.cat(products)
+        return result.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -298,6 +298,14 @@ class _OwnProduct(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of `x` (..., C) and `weight` (D, C), plus `bias`, without a gradient."""
+    # torch writes the bias first, and adds the product to it; oneDNN adds it on the way.
+    if HAS_MATRIX_UNIT and mkldnn.enabled and x.dtype == torch.bfloat16 and bias is not None:
+        return by_onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 _Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]

@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The product of `x` (..., C) and `weight` (D, C), (..., D), plus `bias`."""
-    if not _fit(x, weight, bias):
+    if _is_torch_ahead(x) or not _fit(x, weight, bias):
         return F.linear(x, weight, bias)
     if is_plain_inference(x, weight):
         if torch.compiler.is_compiling():
@@ -57,6 +57,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     if has_own_product(x, weight):
         return own_product(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _is_torch_ahead(x: torch.Tensor) -> bool:
+    """Whether nothing here is ahead of torch: asked first, as it may be asked 73 times a token."""
+    return x.dtype == torch.float32 and not (
+        _IS_ONEDNN_AHEAD
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    )
 
 
 def _fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -64,9 +64,12 @@ def test_assisted_decoding_equals_gpt2s(pair, logged_warnings):
     assert all("Passing `generation_config` together" in warning for warning in logged_warnings)
 
 
-def test_our_model_may_assist(pair):
+def test_our_model_may_assist(pair, logged_warnings):
     ids = random_ids(1, 12)
     assisted = generate(pair[0], ids, do_sample=False, assistant_model=pair[1])
+    # What transformers says, once in a process, of how it calls the assistant itself.
+    of_its_own = ("Passing `generation_config` together", "We strongly recommend passing in an")
+    assert all(warning.startswith(of_its_own) for warning in logged_warnings)
     assert assisted.tolist() == generate(pair[0], ids, do_sample=False).tolist()
 
 

@@ -69,7 +69,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8, zorder=0)
     axes.set_yticks(ticks, names, fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.3, y=0.01)
+    axes.margins(x=0.4, y=0.01)
     axes.set_xlabel(f"median, in units of the fastest peer's; bars end at {_LONGEST:g}")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

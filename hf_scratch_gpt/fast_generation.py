@@ -267,8 +267,8 @@ class _FastGeneration(GenerationMixin):
             if generation_config.do_sample:
                 token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
             else:
-                # torch takes twenty times as long.
-                token = torch.from_numpy(scores.numpy().argmax(-1, keepdims=True))
+                # torch takes several times as long; of ties both take the first.
+                token = torch.from_numpy(scores.double().numpy().argmax(-1, keepdims=True))
             input_ids = torch.cat([input_ids, token], dim=-1)
             if streamer is not None:
                 streamer.put(token[0])

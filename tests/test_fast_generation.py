@@ -180,6 +180,18 @@ def test_dictionaries_and_positions_given(models):
     torch.testing.assert_close(after.scores, before.scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_scores_of_another_type_and_with_ties(models, dtype, steps):
+    """What a caller's own function makes of the scores; the first of the best is taken."""
+    processors = [lambda ids, scores: scores.to(dtype).round(decimals=1)]
+    ids = random_ids(1, 6)
+    before, after = (
+        write(model, ids, do_sample=False, logits_processor=processors) for model in models
+    )
+    assert after.tolist() == before.tolist()
+    assert len(steps) == 11
+
+
 def test_logits_of_a_text(models):
     """Without `generate`, and with weights packed for oneDNN."""
     ids = random_ids(2, 16)

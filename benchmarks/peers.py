@@ -8,6 +8,8 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -134,6 +136,8 @@ def by_ctranslate2(folder: Path, weights: str, environment: dict[str, str]) -> W
 def in_own_process(start: Callable[..., None], *arguments: object) -> Write:
     """What `start`, called there, leaves in `_write`; an error if that process ends."""
     pool = ProcessPoolExecutor(1, get_context("spawn"), start, arguments)
+    with suppress(BrokenProcessPool):  # the call that follows says so again
+        pool.submit(int).result()  # a first call is timed without its start
     return lambda ids, count: pool.submit(_call_write, ids.tolist(), count).result()
 
 

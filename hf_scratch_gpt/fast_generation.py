@@ -184,9 +184,8 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
         if layer.weight.dtype in packable:
             PackedLinear.take_over(layer)
     # torch's attention is ahead where the CPU has a matrix unit, or else no instructions at all.
-    is_other_ahead = is_slow(model.dtype) or HAS_MATRIX_UNIT
-    is_bfloat16 = model.dtype == torch.bfloat16
-    if model.config._attn_implementation == "sdpa" and is_bfloat16 and not is_other_ahead:
+    has_bands = model.dtype == torch.bfloat16 and not (is_slow(model.dtype) or HAS_MATRIX_UNIT)
+    if model.config._attn_implementation == "sdpa" and has_bands:
         model.set_attn_implementation(ATTENTION)
 
 
@@ -267,7 +266,8 @@ class _FastGeneration(GenerationMixin):
             if generation_config.do_sample:
                 token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
             else:
-                # torch takes several times as long; of ties both take the first.
+                # torch takes several times as long; of ties both take the first. In float64,
+                # as numpy has no bfloat16.
                 token = torch.from_numpy(scores.double().numpy().argmax(-1, keepdims=True))
             input_ids = torch.cat([input_ids, token], dim=-1)
             if streamer is not None:

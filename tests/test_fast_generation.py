@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
-from hf_scratch_gpt.one_token import OneToken
+from hf_scratch_gpt.half_scratch_gpt import is_slow
+from hf_scratch_gpt.one_token import ATTENTION, OneToken
 
 from .models import SMALL_CACHE, random_ids, random_model
 
@@ -200,9 +201,14 @@ def test_logits_of_a_text(models):
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16():
+@pytest.mark.parametrize("has_unit", [True, False])
+def test_bfloat16(has_unit, monkeypatch):
+    """Beside a matrix unit, or without instructions for it, attention stays torch's."""
+    monkeypatch.setattr("hf_scratch_gpt.fast_generation.HAS_MATRIX_UNIT", has_unit)
     model = random_model(ScratchGPTForCausalLM).eval().to(torch.bfloat16)
     fast = optimize_for_generation(copy.deepcopy(model))
+    of_torch = has_unit or is_slow(torch.bfloat16)
+    assert fast.config._attn_implementation == ("sdpa" if of_torch else ATTENTION)
     ids = random_ids(1, 6)
     after = write(fast, ids, do_sample=False)
     # Rounding may choose another token where two are as good; the scores say so.

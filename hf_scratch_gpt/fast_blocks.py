@@ -1,13 +1,10 @@
 """Parts of a model that only generates, on a CPU.
 
-Weights are packed or in eight bits, GELU is computed where a product leaves its numbers, and
-attention in bfloat16 has a way of its own.
+GELU is computed where a product leaves its numbers, the last block computes no more than is asked
+for, and attention in bfloat16 has a way of its own.
 """
 
-import copy
 import math
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,88 +15,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks_scratch_gpt import FeedForward, TransformerBlock, masked_attention
-from .half_scratch_gpt import is_slow
-from .linear_scratch_gpt import by_onednn, is_changed, is_plain_inference, linear
+from .fast_linear import PackedLinear
+from .linear_scratch_gpt import by_onednn, is_changed, is_plain_inference
 from .one_token import ATTENTION
 
-_SAMPLED = 64  # numbers of a weight that are compared
-_PIECE = 2**22  # numbers that are turned back from int8 at a time
 _OF_SDPA = ("is_causal", "position_bias", "cache", "softcap")  # what it alone can do
 _SCORES = 3 * 2**19  # scores at a time: they stay in a core's cache
-
-
-class PackedLinear(nn.Linear):
-    """Keeps a copy of its weight in the order in which oneDNN reads it."""
-
-    packed: "_Packed"
-
-    @classmethod
-    def take_over(cls, layer: nn.Linear) -> None:
-        """Make `layer` one of these."""
-        packed = _Packed(layer.weight)
-        layer.__class__ = cls
-        layer.packed = packed  # type: ignore[assignment]
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.is_packed_for(input):
-            return by_onednn(input, self.packed.weight, self.bias)
-        return linear(input, self.weight, self.bias)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
-        """A copy shares the packed weight, if that is still the weight's."""
-        made = self.__class__.__new__(self.__class__)
-        memo[id(self)] = made
-        made.__dict__ = copy.deepcopy(self.__dict__, memo)
-        if self.packed.is_of(self.weight):
-            made.packed = _Packed(made.weight, self.packed.weight)
-        return made
-
-    def is_packed_for(self, input: torch.Tensor) -> bool:
-        """Whether the copy can be used: not if the weight has changed, or a gradient is wanted."""
-        return (
-            not torch.compiler.is_compiling()
-            and is_plain_inference(input, self.weight)
-            and self.packed.is_of(self.weight)
-        )
-
-
-class _Packed:
-    """A weight in oneDNN's order, which torch cannot copy; copies of a layer share it.
-
-    Args:
-        weight: (D, C).
-        packed: what packing it gives, if it is known.
-    """
-
-    def __init__(self, weight: torch.Tensor, packed: torch.Tensor | None = None) -> None:
-        if packed is None:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.weight: torch.Tensor = packed
-        self._original = weakref.ref(weight)
-        self._state, self._sample = _state(weight), _sample(weight).clone()
-
-    def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether `weight` is what was packed, and unchanged."""
-        return (
-            self._original() is weight
-            and self._state == _state(weight)
-            and torch.equal(self._sample, _sample(weight))
-        )
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "_Packed":
-        return self
-
-
-def _state(weight: torch.Tensor) -> tuple[object, ...]:
-    """Changes when `weight` does, unless it is written to by way of `weight.data`."""
-    version = None if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), weight.dtype, weight.shape
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """A few numbers that lie far apart: they tell what `_state` misses, as an adapter merged."""
-    numbers = weight.detach().diagonal()
-    return numbers[:: max(1, len(numbers) // _SAMPLED)]
 
 
 def _subclass(own: type, kind: type) -> type:
@@ -183,55 +104,6 @@ class LastBlock(TransformerBlock):
             attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs
         )
         return attention.o_proj(gathered.flatten(2))
-
-
-class Int8Linear(nn.Linear):
-    """Keeps its weight in int8, (D, C), with one scale for each row, (D,): weight * scale.
-
-    The largest number of a row becomes 127 or -127, the rest are rounded to the nearest.
-    """
-
-    weight_scale: torch.Tensor
-
-    @classmethod
-    def take_over(cls, layer: nn.Linear) -> None:
-        """Make `layer` one of these."""
-        weight = layer.weight.detach()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        scale = weight.abs().amax(1).to(wide).clamp(min=torch.finfo(wide).tiny) / 127
-        rows = max(1, _PIECE // weight.shape[1])
-        pieces = zip(weight.split(rows), scale.split(rows), strict=True)
-        quantized = torch.cat([(w / s[:, None]).round().to(torch.int8) for w, s in pieces])
-        layer.__class__ = cls
-        layer.weight = nn.Parameter(quantized, requires_grad=False)  # not in place: it may be tied
-        layer.register_buffer("weight_scale", scale)
-
-    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> "Int8Linear":
-        """Move or convert; the scale keeps its data type, as others may have too few digits."""
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        self.weight_scale = scale.to(self.weight_scale.device)
-        return self
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        raise ValueError("the weights are in int8; save the model before it is optimized")
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        raise ValueError("the weights are in int8; load before the model is optimized")
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map `input` (..., C) to (..., D)."""
-        if self.weight.dtype != torch.int8:  # tied anew to the embedding
-            return linear(input, self.weight, self.bias)
-        # Without its scale, a product may be too large for float16.
-        is_wide = input.dtype == torch.float16 or is_slow(input.dtype)
-        x = input.float() if is_wide else input
-        pieces = self.weight.split(max(1, _PIECE // self.in_features))
-        products = [linear(x, piece.to(x.dtype), None) for piece in pieces]
-        product = torch.cat(products, -1) * self.weight_scale.to(products[0].dtype)
-        if self.bias is not None:
-            product = product + self.bias.to(product.dtype)
-        return product.to(input.dtype)
 
 
 def _bands_or_sdpa(

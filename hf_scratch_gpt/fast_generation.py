@@ -20,19 +20,13 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .fast_blocks import Int8Linear, LastBlock, PackedFeedForward, PackedLinear
+from .fast_blocks import LastBlock, PackedFeedForward
+from .fast_linear import Int8Linear, PackedLinear
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
 from .large_pages import move_to_large_pages
 from .linear_scratch_gpt import is_changed, is_plain
-from .one_token import (
-    ATTENTION,
-    Memory,
-    OneToken,
-    can_compute,
-    compiled,
-    fastest_way,
-    name_of,
-)
+from .one_token import ATTENTION, Memory, OneToken, best_word, can_compute, name_of
+from .products import compiled, fastest_way
 
 _BLOCK = "blocks_scratch_gpt.TransformerBlock"
 # Formats of weights, and what torchao calls them.
@@ -183,6 +177,8 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
     for layer in layers:
         if layer.weight.dtype in packable:
             PackedLinear.take_over(layer)
+    if isinstance(model.lm_head, PackedLinear) and (rough := model.lm_head.keep_rough()):
+        move_to_large_pages([rough.weight])
     # torch's attention is ahead where the CPU has a matrix unit, or else no instructions at all.
     has_bands = model.dtype == torch.bfloat16 and not (is_slow(model.dtype) or HAS_MATRIX_UNIT)
     if model.config._attn_implementation == "sdpa" and has_bands:
@@ -261,20 +257,25 @@ class _FastGeneration(GenerationMixin):
         logits = self(input_ids, past_key_values=cache, logits_to_keep=1).logits
         memory = _borrow_memory(self)
         one_token = OneToken(self, memory, cache, self.way)
-        while True:
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
             scores = logits_processor(input_ids, logits[:, -1].float())
             if generation_config.do_sample:
-                token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-            else:
-                # torch takes several times as long; of ties both take the first. In float64,
-                # as numpy has no bfloat16.
-                token = torch.from_numpy(scores.double().numpy().argmax(-1, keepdims=True))
+                return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+            return best_word(scores)
+
+        wants_best = not (generation_config.do_sample or logits_processor)
+        token = choose(logits)
+        while True:
             input_ids = torch.cat([input_ids, token], dim=-1)
             if streamer is not None:
                 streamer.put(token[0])
             if stopping_criteria(input_ids, None).all():
                 break
-            logits = one_token.logits_after(token)
+            if wants_best:
+                token = one_token.best_after(token)
+            else:
+                token = choose(one_token.logits_after(token))
         _memories[self].append(memory)
         if streamer is not None:
             streamer.end()

@@ -1,11 +1,9 @@
 // One token's way through a GPT, with the keys and values of the tokens before it at hand.
 //
-// To write a token, all weights are read once and used once, so this is as fast as memory is read.
-// Each thread is given rows of each matrix; sums are in float32, those of int8 in 32 bits. The
-// mathematics is that of `blocks_scratch_gpt.py`; `one_token.py` compiles this file and fills in
+// The mathematics is that of `blocks_scratch_gpt.py`; `one_token.py` compiles this file and fills in
 // the structures.
 //
-// C hidden, H heads, D head size, S tokens so far
+// C hidden, H heads, D head size, S tokens so far, V words
 
 #include <omp.h>
 
@@ -13,20 +11,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
+#include "products.h"
+
 namespace {
-
-using BFloat16 = uint16_t;  // the upper half of a float's bits
-
-// y = W x + bias. The weight is (rows, columns); an int8 one is multiplied by each row's scale.
-struct Product {
-  const void* weight;
-  const float* scale;
-  const float* bias;
-  int64_t rows;
-  int64_t columns;
-};
 
 struct Norm {
   const float* weight;
@@ -50,154 +40,13 @@ struct Model {
   int64_t layers;
   Norm norm;
   Product head;
+  Product rough_head;   // its weight in bfloat16; none to do without `best_word`
+  const float* errors;  // of each row of it; see `best_word`
   int64_t heads;
   int64_t room;        // for so many tokens
   int64_t inner_size;  // of the feed-forward
   int64_t way;         // to read matrices; see `multiply`
 };
-
-inline float wide(float number) { return number; }
-
-inline float wide(BFloat16 number) {
-  const uint32_t bits = uint32_t(number) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-inline void put(float* place, float number) { *place = number; }
-
-inline void put(BFloat16* place, float number) {
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof bits);
-  *place = BFloat16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to the nearest, ties to even
-}
-
-constexpr int64_t kLine = 64;     // bytes, what memory is read by
-constexpr int64_t kAhead = 2048;  // bytes
-
-// Ask for the line that is `kAhead` bytes further on; there may be no memory at all.
-template <bool ahead, typename T>
-inline void ask_ahead(const T* place) {
-  if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(place) + kAhead);
-}
-
-// The products of x and each of N vectors of `count` numbers, which start `distance` numbers apart.
-template <int N, bool ahead, typename T>
-[[gnu::noinline]] void dots(const float* x, const T* y, int64_t distance, int64_t count, float* sums) {
-  constexpr int64_t kWidth = 16;  // so many sums at once keep a processor busy
-  constexpr int64_t kStep = kLine / sizeof(T);
-  float parts[N][kWidth] = {};
-  const auto add = [&](int n, int64_t i) {
-    for (int64_t j = 0; j < kWidth; j++) parts[n][j] += x[i + j] * wide(y[n * distance + i + j]);
-  };
-  const int64_t whole = count / kWidth * kWidth, lines = count / kStep * kStep;
-  for (int64_t i = 0; i < lines; i += kStep)
-    for (int n = 0; n < N; n++) {
-      ask_ahead<ahead>(&y[n * distance + i]);
-      for (int64_t j = 0; j < kStep; j += kWidth) add(n, i + j);
-    }
-  for (int64_t i = lines; i < whole; i += kWidth)
-    for (int n = 0; n < N; n++) add(n, i);
-  for (int n = 0; n < N; n++) {
-    for (int64_t width = kWidth / 2; width > 0; width /= 2)
-      for (int64_t j = 0; j < width; j++) parts[n][j] += parts[n][width + j];
-    sums[n] = parts[n][0];
-    for (int64_t i = whole; i < count; i++) sums[n] += x[i] * wide(y[n * distance + i]);
-  }
-}
-
-// A vector to be multiplied by matrices of W.
-template <typename W>
-struct Input {
-  const float* x;
-
-  Input(const std::vector<float>& x) : x(x.data()) {}
-
-  // By N rows, from `row` on, `distance` rows apart.
-  template <int N, bool ahead>
-  void times(const Product& product, int64_t row, int64_t distance, float* y) const {
-    const W* weight = static_cast<const W*>(product.weight) + row * product.columns;
-    dots<N, ahead>(x, weight, distance * product.columns, product.columns, y);
-  }
-};
-
-// Multiplied by int8, the vector becomes integers as well, as fine as a sum in 32 bits allows: 14
-// bits for 768 numbers, 12 for 3,072.
-template <>
-struct Input<int8_t> {
-  std::vector<int16_t> x;
-  float scale = 0;
-
-  Input(const std::vector<float>& exact) : x(exact.size()) {
-    float largest = 0, zero = 0;
-    for (float number : exact) {
-      largest = std::max(largest, std::fabs(number));
-      zero += number * 0;
-    }
-    if (zero != 0) scale = zero;  // NaN, as of all sums with an infinity or a NaN
-    if (largest == 0 || zero != 0) return;
-    const float limit = std::min(INT32_MAX / 127 / int64_t(x.size()), int64_t(INT16_MAX));
-    scale = largest / limit;
-    for (size_t i = 0; i < x.size(); i++) x[i] = int16_t(std::lrint(exact[i] / scale));
-  }
-
-  template <int N, bool ahead>
-  [[gnu::noinline]] void times(const Product& product, int64_t row, int64_t distance, float* y) const {
-    const int64_t columns = product.columns, width = N == 1 && !ahead ? columns : kLine;
-    const int64_t whole = columns / width * width;
-    const int8_t* weight = static_cast<const int8_t*>(product.weight) + row * columns;
-    int32_t sums[N] = {};
-    const auto add = [&](int n, int64_t i) {
-      sums[n] += int32_t(x[i]) * int16_t(weight[n * distance * columns + i]);
-    };
-    for (int64_t i = 0; i < whole; i += width)
-      for (int n = 0; n < N; n++) {
-        ask_ahead<ahead>(&weight[n * distance * columns + i]);
-        for (int64_t j = 0; j < width; j++) add(n, i + j);
-      }
-    for (int n = 0; n < N; n++) {
-      for (int64_t i = whole; i < columns; i++) add(n, i);
-      y[n] = sums[n] * scale * product.scale[row + n * distance];
-    }
-  }
-};
-
-constexpr int64_t kPlaces = 4;
-
-// Some processors read memory faster from four places at once, others from one; some if they are
-// asked ahead of what is needed, others foresee it. `way` 0 and 2 are one place, 2 and 3 ask ahead.
-template <typename W>
-void times(int64_t way, const Input<W>& x, const Product& product, int64_t row, int64_t distance,
-           float* y) {
-  switch (way) {
-    case 0: return x.template times<1, false>(product, row, distance, y);
-    case 1: return x.template times<kPlaces, false>(product, row, distance, y);
-    case 2: return x.template times<1, true>(product, row, distance, y);
-    default: return x.template times<kPlaces, true>(product, row, distance, y);
-  }
-}
-
-// Hand some rows of W x + bias to `use`, those of this thread, which waits for no other. If it reads
-// from several places at once, these are as far apart as its share allows.
-template <typename W, typename Use>
-void multiply(const Product& product, const Input<W>& x, int64_t way, Use use) {
-  const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  const int64_t start = product.rows * thread / threads, end = product.rows * (thread + 1) / threads;
-  const int64_t places = way % 2 ? kPlaces : 1, distance = (end - start) / places;
-  const auto use_with_bias = [&](int64_t row, float y) {
-    use(row, product.bias ? y + product.bias[row] : y);
-  };
-  float y[kPlaces];
-  for (int64_t row = start; row < start + distance; row++) {
-    times(way, x, product, row, distance, y);
-    for (int64_t n = 0; n < places; n++) use_with_bias(row + n * distance, y[n]);
-  }
-  for (int64_t row = start + places * distance; row < end; row++) {
-    times(way - way % 2, x, product, row, 0, y);
-    use_with_bias(row, y[0]);
-  }
-}
 
 void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>& y) {
   const int64_t count = x.size();
@@ -255,9 +104,10 @@ void attend(const float* query, const T* keys, const T* values, int64_t tokens, 
   }
 }
 
-// Weights are of type W, keys and values of type T; `position` tokens have been read before.
-template <typename W, typename T>
-void step(const Model& model, int64_t position, const float* embedded, float* logits, int threads) {
+// Weights are of type W, keys and values of type T; `position` tokens have been read before. Each
+// thread hands what the head is to score to `score`.
+template <typename W, typename T, typename Score>
+void step(const Model& model, int64_t position, const float* embedded, int threads, Score score) {
   const int64_t hidden_size = model.head.columns, size = hidden_size / model.heads;
   std::vector<float> hidden(embedded, embedded + hidden_size);
   std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.inner_size);
@@ -302,9 +152,58 @@ void step(const Model& model, int64_t position, const float* embedded, float* lo
 #pragma omp barrier
     }
     normalize(hidden, model.norm, normalized);
-    multiply(model.head, Input<W>(normalized), way,
-             [&](int64_t row, float y) { logits[row] = y; });
+    score(normalized);
   }
+}
+
+template <typename W, typename T>
+void score_all(const Model& model, int64_t position, const float* embedded, float* logits,
+               int threads) {
+  step<W, T>(model, position, embedded, threads, [&](const std::vector<float>& x) {
+    multiply(model.head, Input<W>(x), model.way, [&](int64_t row, float y) { logits[row] = y; });
+  });
+}
+
+// The word that scores highest, of several the first, without reading all of the head; or -1 if
+// numbers are too large. `scores` (V) is memory to use.
+//
+// The head in bfloat16 gives each score but for an error, which is at most the length of x times
+// that of the row's error (Cauchy-Schwarz inequality); `errors` has room for the rounding of sums.
+// A row that cannot reach what another one reaches for sure is done with. The few that are left are
+// multiplied in float32.
+int64_t best_word(const Model& model, int64_t position, const float* embedded, float* scores,
+                  int threads) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  std::vector<float> lowers(threads, kLowest), best_scores(threads, kLowest);
+  std::vector<int64_t> best_rows(threads, -1);
+
+  step<float, float>(model, position, embedded, threads, [&](const std::vector<float>& x) {
+    const int thread = omp_get_thread_num();
+    double squares = 0;  // those of floats may be too small for a float
+    for (float number : x) squares += double(number) * number;
+    const float length = std::sqrt(squares) * 1.001;  // for what its rounding may lose
+    float lower = kLowest;  // what some row of this thread's reaches for sure
+    multiply(model.rough_head, Input<BFloat16>(x), model.way, [&](int64_t row, float y) {
+      scores[row] = y;
+      lower = std::max(lower, y - length * model.errors[row]);
+    });
+    lowers[thread] = lower;
+#pragma omp barrier
+    lower = *std::max_element(lowers.begin(), lowers.end());
+    if (!std::isfinite(lower)) return;
+    const Input<float> exact(x);
+    const auto [start, end] = share_of(model.head);
+    for (int64_t row = start; row < end; row++) {
+      if (scores[row] + length * model.errors[row] < lower) continue;
+      float y;
+      times(0, exact, model.head, row, 0, &y);
+      if (y > best_scores[thread]) {
+        best_scores[thread] = y;
+        best_rows[thread] = row;
+      }
+    }
+  });
+  return best_rows[std::max_element(best_scores.begin(), best_scores.end()) - best_scores.begin()];
 }
 
 // One product by itself, to see how fast its matrix is read.
@@ -322,22 +221,27 @@ extern "C" {
 
 void step_float32(const Model* model, int64_t position, const float* embedded, float* logits,
                   int threads) {
-  step<float, float>(*model, position, embedded, logits, threads);
+  score_all<float, float>(*model, position, embedded, logits, threads);
 }
 
 void step_bfloat16(const Model* model, int64_t position, const float* embedded, float* logits,
                    int threads) {
-  step<BFloat16, BFloat16>(*model, position, embedded, logits, threads);
+  score_all<BFloat16, BFloat16>(*model, position, embedded, logits, threads);
 }
 
 void step_int8_float32(const Model* model, int64_t position, const float* embedded, float* logits,
                        int threads) {
-  step<int8_t, float>(*model, position, embedded, logits, threads);
+  score_all<int8_t, float>(*model, position, embedded, logits, threads);
 }
 
 void step_int8_bfloat16(const Model* model, int64_t position, const float* embedded,
                         float* logits, int threads) {
-  step<int8_t, BFloat16>(*model, position, embedded, logits, threads);
+  score_all<int8_t, BFloat16>(*model, position, embedded, logits, threads);
+}
+
+int64_t best_word_float32(const Model* model, int64_t position, const float* embedded,
+                          float* scores, int threads) {
+  return best_word(*model, position, embedded, scores, threads);
 }
 
 void multiply_float32(const Product* product, int64_t way, const float* x, float* y,

@@ -1,14 +1,6 @@
-"""One token at a time on a CPU, by C++ that is compiled for the machine: `one_token.cpp`."""
+"""One token at a time on a CPU, by C++: `one_token.cpp`."""
 
 import ctypes
-import functools
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,21 +9,9 @@ from transformers import DynamicCache
 
 from .linear_scratch_gpt import is_changed, is_plain
 from .positions_scratch_gpt import raise_past_limit
+from .products import DTYPES, Product, address_of, compiled, product_of
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_COMPILERS = ("g++", "clang++", "c++")
-# The last three let functions of several numbers be computed at once. Sums keep their order, so
-# that a row's is the same whichever way and by whichever thread it is read.
-_FLAGS = (
-    "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC "
-    "-fno-math-errno -fno-signed-zeros -fno-trapping-math"
-)
 ATTENTION = "bands_or_sdpa"  # what transformers is told to call that of `fast_blocks`
-# To read a matrix from one place, from four at once, and both with asking ahead; see the C++.
-WAYS = range(4)
-_TRIALS = 3  # of each way; the fastest counts
-_ENOUGH = 2**28  # bytes of matrices to try ways on
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # The modules whose mathematics the C++ knows. By name, as a model's own folder may have brought
 # its own copies of these files.
 _KNOWN = {
@@ -45,43 +25,10 @@ _KNOWN = {
     "linear_scratch_gpt.Linear",
     "fast_blocks.LastBlock",
     "fast_blocks.PackedFeedForward",
-    "fast_blocks.PackedLinear",
-    "fast_blocks.Int8Linear",
+    "fast_linear.PackedLinear",
+    "fast_linear.Int8Linear",
 }
 _KNOWN_OF_TORCH = (nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList)
-
-
-@functools.cache
-def compiled() -> ctypes.CDLL:
-    """Compile `one_token.cpp`, which takes a second or two, and load it; once in a process.
-
-    Raises:
-        FileNotFoundError: there is no C++ compiler.
-        RuntimeError: the compiler does not compile it, or the result cannot be loaded.
-    """
-    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, _COMPILERS))[:1]
-    if not compiler or shutil.which(compiler[0]) is None:
-        raise FileNotFoundError(
-            f"no C++ compiler is there ({', '.join(compiler or _COMPILERS)}) to compile a step of "
-            "generation with; install g++, or name a compiler in the environment variable CXX"
-        )
-    # Where a library that is loaded cannot be deleted, it stays.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        library = Path(folder) / "one_token.so"
-        command = [*compiler, *_FLAGS.split(), str(_SOURCE), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(
-                f"{shlex.join(command)} failed; name another compiler in the environment variable "
-                f"CXX, one with OpenMP, such as GNU's g++. It said:\n{done.stderr}"
-            )
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError as error:
-            raise RuntimeError(
-                f"{error}; if programs may not be run from there, name another folder in TMPDIR; "
-                "if a symbol is missing, name a compiler of C++, such as g++, in CXX"
-            ) from error
 
 
 def can_compute(model: Any) -> bool:
@@ -100,7 +47,7 @@ def can_compute(model: Any) -> bool:
         and all(parameter.is_cpu and is_plain(parameter) for parameter in model.parameters())
         and all(matrix.is_contiguous() for matrix in matrices)
         and {matrix.dtype for matrix in matrices} in ({model.dtype}, {torch.int8})
-        and model.dtype in _DTYPES
+        and model.dtype in DTYPES
         and model.config._attn_implementation in ("eager", "sdpa", ATTENTION)
     )
 
@@ -155,16 +102,6 @@ class Memory:
 # The structures of the C++, in its order.
 
 
-class _Product(ctypes.Structure):
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-    )
-
-
 class _Norm(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
@@ -176,13 +113,13 @@ class _Norm(ctypes.Structure):
 class _Block(ctypes.Structure):
     _fields_ = (
         ("input_layernorm", _Norm),
-        ("query", _Product),
-        ("key", _Product),
-        ("value", _Product),
-        ("out", _Product),
+        ("query", Product),
+        ("key", Product),
+        ("value", Product),
+        ("out", Product),
         ("post_attention_layernorm", _Norm),
-        ("up", _Product),
-        ("down", _Product),
+        ("up", Product),
+        ("down", Product),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("scaling", ctypes.c_float),
@@ -195,7 +132,9 @@ class _Model(ctypes.Structure):
         ("blocks", ctypes.POINTER(_Block)),
         ("layers", ctypes.c_int64),
         ("norm", _Norm),
-        ("head", _Product),
+        ("head", Product),
+        ("rough_head", Product),
+        ("errors", ctypes.c_void_p),
         ("heads", ctypes.c_int64),
         ("room", ctypes.c_int64),
         ("inner_size", ctypes.c_int64),
@@ -203,66 +142,14 @@ class _Model(ctypes.Structure):
     )
 
 
-def _product(linear: Any, held: list[Any]) -> _Product:
-    """The structure of `linear`; what it points to is put into `held`."""
-    weight = linear.weight.detach()
-    held.append(weight)
-    is_int8 = weight.dtype == torch.int8
-    return _Product(
-        weight=weight.data_ptr(),
-        scale=_vector(linear.weight_scale, held) if is_int8 else None,
-        bias=None if linear.bias is None else _vector(linear.bias, held),
-        rows=weight.shape[0],
-        columns=weight.shape[1],
-    )
-
-
 def _norm(norm: Any, held: list[Any]) -> _Norm:
-    return _Norm(_vector(norm.weight, held), _vector(norm.bias, held), norm.eps)
+    return _Norm(address_of(norm.weight, held), address_of(norm.bias, held), norm.eps)
 
 
-def _vector(numbers: torch.Tensor, held: list[Any]) -> int:
-    """Address of `numbers` in float32."""
-    held.append(numbers.detach().float().contiguous())
-    return held[-1].data_ptr()
-
-
-def multiply_seconds(linear: nn.Linear, way: int) -> float:
-    """Seconds that the C++ takes for the matrix of `linear` and one vector, in one of `WAYS`."""
-    held: list[Any] = []
-    product = _product(linear, held)
-    x = torch.ones(product.columns, dtype=torch.float32, device="cpu")
-    y = torch.empty(product.rows, dtype=torch.float32, device="cpu")
-    multiply = compiled()[f"multiply_{_DTYPES.get(linear.weight.dtype, 'int8')}"]
-    multiply.restype = None
-    start = time.perf_counter()
-    multiply(
-        ctypes.byref(product),
-        ctypes.c_int64(way),
-        ctypes.c_void_p(x.data_ptr()),
-        ctypes.c_void_p(y.data_ptr()),
-        ctypes.c_int(torch.get_num_threads()),
-    )
-    return time.perf_counter() - start
-
-
-def fastest_way(layers: list[nn.Linear]) -> int:
-    """The one of `WAYS` in which this machine reads the matrices of `layers` fastest.
-
-    Processors differ, by a quarter and more, so all are tried here and now, on as many of the
-    layers as no cache holds.
-    """
-    tried, size = [], 0
-    for layer in layers:
-        if size < _ENOUGH:
-            tried.append(layer)
-            size += layer.weight.numel() * layer.weight.itemsize
-    seconds = [
-        [sum(multiply_seconds(layer, way) for layer in tried) for way in WAYS]
-        for _ in range(_TRIALS)
-    ]
-    shortest = [min(of_way) for of_way in zip(*seconds, strict=True)]
-    return min(WAYS, key=shortest.__getitem__)
+def best_word(scores: torch.Tensor) -> torch.Tensor:
+    """Which of `scores` (B, V) is the highest, of several the first, (B, 1); of a NaN, that."""
+    # torch takes several times as long. In float64, as numpy has no bfloat16.
+    return torch.from_numpy(scores.double().numpy().argmax(-1, keepdims=True))
 
 
 class OneToken:
@@ -291,46 +178,76 @@ class OneToken:
             blocks=(_Block * len(blocks))(*blocks),
             layers=len(blocks),
             norm=_norm(model.model.norm, self._held),
-            head=_product(model.lm_head, self._held),
+            head=product_of(model.lm_head, self._held),
+            **self._rough_head(model.lm_head),
             heads=model.config.num_attention_heads,
             room=model.config.max_position_embeddings,
             inner_size=model.config.intermediate_size,
             way=way,
         )
         weights = "int8_" if model.lm_head.weight.dtype == torch.int8 else ""
-        self._step = compiled()[f"step_{weights}{_DTYPES[model.dtype]}"]
+        self._step = compiled()[f"step_{weights}{DTYPES[model.dtype]}"]
         self._step.restype = None
+        self._best_word = compiled().best_word_float32
+        self._best_word.restype = ctypes.c_int64
 
     def logits_after(self, token: torch.Tensor) -> torch.Tensor:
         """Read `token` (1, 1); return the scores of the next one, (1, 1, V), in float32."""
+        logits = torch.empty(1, 1, self._structure.head.rows, dtype=torch.float32, device="cpu")
+        self._read(token, self._step, logits)
+        self._length += 1
+        return logits
+
+    def best_after(self, token: torch.Tensor) -> torch.Tensor:
+        """Read `token` (1, 1); return the one that scores highest after it, (1, 1)."""
+        if self._scores is not None:
+            word = self._read(token, self._best_word, self._scores)
+            if word >= 0:
+                self._length += 1
+                return torch.tensor([[word]], device="cpu")
+            # Of numbers beyond all measure; to read the token once more does no harm.
+        return best_word(self.logits_after(token)[:, -1])
+
+    def _read(self, token: torch.Tensor, step: Any, scores: torch.Tensor) -> int:
+        """Call a function of the C++, `step`, that fills `scores` (..., V)."""
         limit = self._model.config.max_position_embeddings
         if self._length >= limit:
             raise_past_limit(self._length + 1, limit)
         model = self._model.model
         position = torch.tensor([[self._length]], device="cpu")
         embedded = (model.embed_tokens(token) + model.embed_positions(position)).float()
-        logits = torch.empty(1, 1, self._structure.head.rows, dtype=torch.float32, device="cpu")
-        self._step(
+        result: int = step(
             ctypes.byref(self._structure),
             ctypes.c_int64(self._length),
             ctypes.c_void_p(embedded.data_ptr()),
-            ctypes.c_void_p(logits.data_ptr()),
+            ctypes.c_void_p(scores.data_ptr()),
             ctypes.c_int(torch.get_num_threads()),
         )
-        self._length += 1
-        return logits
+        return result
+
+    def _rough_head(self, head: Any) -> dict[str, Any]:
+        """The members of the structure that `best_after` needs, if `head` has a rough copy."""
+        rough = getattr(head, "rough", None)
+        if rough is None:
+            self._scores = None
+            return {}
+        self._held.append(rough)
+        rows, columns = rough.weight.shape
+        self._scores = torch.empty(rows, dtype=torch.float32, device="cpu")
+        weight, errors = rough.weight.data_ptr(), rough.errors.data_ptr()
+        return {"rough_head": Product(weight, None, None, rows, columns), "errors": errors}
 
     def _block(self, block: Any, keys: torch.Tensor, values: torch.Tensor) -> _Block:
         attention, mlp = block.self_attn, block.mlp
         return _Block(
             input_layernorm=_norm(block.input_layernorm, self._held),
-            query=_product(attention.q_proj, self._held),
-            key=_product(attention.k_proj, self._held),
-            value=_product(attention.v_proj, self._held),
-            out=_product(attention.o_proj, self._held),
+            query=product_of(attention.q_proj, self._held),
+            key=product_of(attention.k_proj, self._held),
+            value=product_of(attention.v_proj, self._held),
+            out=product_of(attention.o_proj, self._held),
             post_attention_layernorm=_norm(block.post_attention_layernorm, self._held),
-            up=_product(mlp.up_proj, self._held),
-            down=_product(mlp.down_proj, self._held),
+            up=product_of(mlp.up_proj, self._held),
+            down=product_of(mlp.down_proj, self._held),
             keys=keys.data_ptr(),
             values=values.data_ptr(),
             scaling=attention.scaling,

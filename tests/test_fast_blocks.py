@@ -15,7 +15,8 @@ from hf_scratch_gpt import (
     optimize_for_generation,
 )
 from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
-from hf_scratch_gpt.fast_blocks import ATTENTION, Int8Linear, PackedFeedForward, PackedLinear
+from hf_scratch_gpt.fast_blocks import ATTENTION, PackedFeedForward
+from hf_scratch_gpt.fast_linear import Int8Linear, PackedLinear
 from hf_scratch_gpt.half_scratch_gpt import is_slow
 from hf_scratch_gpt.linear_scratch_gpt import Linear
 
@@ -144,7 +145,7 @@ def test_copies_share_what_is_packed():
 
 @torch.no_grad()
 def test_int8_linear_in_pieces(monkeypatch):
-    monkeypatch.setattr("hf_scratch_gpt.fast_blocks._PIECE", 1000)
+    monkeypatch.setattr("hf_scratch_gpt.fast_linear._PIECE", 1000)
     layer = torch.nn.Linear(48, 100)
     layer.weight[7] = 0
     exact = copy.deepcopy(layer)

@@ -10,17 +10,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
-from hf_scratch_gpt.fast_blocks import Int8Linear
-from hf_scratch_gpt.one_token import (
-    WAYS,
-    Memory,
-    OneToken,
-    _product,
-    can_compute,
-    compiled,
-    fastest_way,
-    multiply_seconds,
-)
+from hf_scratch_gpt.fast_linear import Int8Linear
+from hf_scratch_gpt.one_token import Memory, OneToken, can_compute
+from hf_scratch_gpt.products import WAYS, compiled, fastest_way, multiply_seconds, product_of
 
 from .models import random_ids, random_model
 
@@ -121,7 +113,7 @@ def test_int8_sums_of_a_wide_matrix_have_room():
     torch.nn.init.constant_(linear.weight, 0.5)
     Int8Linear.take_over(linear)
     held = []
-    product, y = _product(linear, held), torch.empty(8)
+    product, y = product_of(linear, held), torch.empty(8)
     multiply = compiled()["multiply_int8"]
     multiply.restype = None
     x = torch.ones(3072)
@@ -169,7 +161,7 @@ def test_which_way_to_read_is_tried(monkeypatch):
     for fastest in WAYS:
         seconds = [1.0 if way == fastest else 2.0 for way in WAYS]
         monkeypatch.setattr(
-            "hf_scratch_gpt.one_token.multiply_seconds", lambda layer, way, by=seconds: by[way]
+            "hf_scratch_gpt.products.multiply_seconds", lambda layer, way, by=seconds: by[way]
         )
         assert fastest_way([layer, layer]) == fastest
 

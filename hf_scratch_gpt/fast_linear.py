@@ -1,0 +1,182 @@
+"""Linear layers of a model that only generates, on a CPU: weights are packed or in eight bits."""
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .half_scratch_gpt import is_slow
+from .linear_scratch_gpt import by_onednn, is_plain_inference, linear
+
+_SAMPLED = 64  # numbers of a weight that are compared
+_PIECE = 2**22  # numbers that are turned back from int8 at a time
+
+
+class Rough(NamedTuple):
+    """A matrix in float32 as bfloat16 has it: to tell which rows of a product are the largest.
+
+    See `best_word` in `one_token.cpp`.
+    """
+
+    weight: torch.Tensor  # (D, C)
+    errors: torch.Tensor  # (D,): by how much a row's product with a vector of length 1 may be off
+
+
+def _rough(weight: torch.Tensor) -> Rough | None:
+    """Made of `weight` (D, C); nothing if a number is infinite, or becomes so."""
+    columns = weight.shape[1]
+    rounded = weight.bfloat16()
+    rows = max(1, _PIECE // columns)
+    errors = []
+    for exact, rough in zip(weight.split(rows), rounded.split(rows), strict=True):
+        wide = exact.double()  # squares may be too small for float32
+        # Both sums, of `columns` terms, are rounded: by less than this much of their size.
+        of_sums = 2 * (columns + 16) * 2**-24 * wide.norm(dim=1)
+        errors.append((wide - rough).norm(dim=1) + of_sums)
+    # A little more, as it is rounded as well.
+    error = torch.cat(errors).float() * 1.001 + torch.finfo(torch.float32).tiny
+    return Rough(rounded, error) if bool(error.isfinite().all()) else None
+
+
+class PackedLinear(nn.Linear):
+    """Keeps a copy of its weight in the order in which oneDNN reads it."""
+
+    packed: "_Packed"
+
+    @property
+    def rough(self) -> Rough | None:
+        """A rough copy of the weight, if there is one and the weight is still the same."""
+        return self.packed.rough if self.packed.is_of(self.weight) else None
+
+    def keep_rough(self) -> Rough | None:
+        """Make the rough copy, if the weight is in float32 and there is no bias."""
+        if self.weight.dtype == torch.float32 and self.bias is None:
+            self.packed.rough = _rough(self.weight.detach())
+        return self.packed.rough
+
+    @classmethod
+    def take_over(cls, layer: nn.Linear) -> None:
+        """Make `layer` one of these."""
+        packed = _Packed(layer.weight)
+        layer.__class__ = cls
+        layer.packed = packed  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.is_packed_for(input):
+            return by_onednn(input, self.packed.weight, self.bias)
+        return linear(input, self.weight, self.bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        """A copy shares the packed weight, if that is still the weight's."""
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        if self.packed.is_of(self.weight):
+            made.packed = _Packed(made.weight, self.packed.weight, self.packed.rough)
+        return made
+
+    def is_packed_for(self, input: torch.Tensor) -> bool:
+        """Whether the copy can be used: not if the weight has changed, or a gradient is wanted."""
+        return (
+            not torch.compiler.is_compiling()
+            and is_plain_inference(input, self.weight)
+            and self.packed.is_of(self.weight)
+        )
+
+
+class _Packed:
+    """A weight in oneDNN's order, which torch cannot copy; copies of a layer share it.
+
+    Args:
+        weight: (D, C).
+        packed: what packing it gives, if it is known.
+        rough: its rough copy, if there is one.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        packed: torch.Tensor | None = None,
+        rough: Rough | None = None,
+    ) -> None:
+        if packed is None:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.weight: torch.Tensor = packed
+        self.rough = rough
+        self._original = weakref.ref(weight)
+        self._state, self._sample = _state(weight), _sample(weight).clone()
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether `weight` is what was packed, and unchanged."""
+        return (
+            self._original() is weight
+            and self._state == _state(weight)
+            and torch.equal(self._sample, _sample(weight))
+        )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_Packed":
+        return self
+
+
+def _state(weight: torch.Tensor) -> tuple[object, ...]:
+    """Changes when `weight` does, unless it is written to by way of `weight.data`."""
+    version = None if weight.is_inference() else weight._version
+    return version, weight.data_ptr(), weight.dtype, weight.shape
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """A few numbers that lie far apart: they tell what `_state` misses, as an adapter merged."""
+    numbers = weight.detach().diagonal()
+    return numbers[:: max(1, len(numbers) // _SAMPLED)]
+
+
+class Int8Linear(nn.Linear):
+    """Keeps its weight in int8, (D, C), with one scale for each row, (D,): weight * scale.
+
+    The largest number of a row becomes 127 or -127, the rest are rounded to the nearest.
+    """
+
+    weight_scale: torch.Tensor
+
+    @classmethod
+    def take_over(cls, layer: nn.Linear) -> None:
+        """Make `layer` one of these."""
+        weight = layer.weight.detach()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = weight.abs().amax(1).to(wide).clamp(min=torch.finfo(wide).tiny) / 127
+        rows = max(1, _PIECE // weight.shape[1])
+        pieces = zip(weight.split(rows), scale.split(rows), strict=True)
+        quantized = torch.cat([(w / s[:, None]).round().to(torch.int8) for w, s in pieces])
+        layer.__class__ = cls
+        layer.weight = nn.Parameter(quantized, requires_grad=False)  # not in place: it may be tied
+        layer.register_buffer("weight_scale", scale)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> "Int8Linear":
+        """Move or convert; the scale keeps its data type, as others may have too few digits."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise ValueError("the weights are in int8; save the model before it is optimized")
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise ValueError("the weights are in int8; load before the model is optimized")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map `input` (..., C) to (..., D)."""
+        if self.weight.dtype != torch.int8:  # tied anew to the embedding
+            return linear(input, self.weight, self.bias)
+        # Without its scale, a product may be too large for float16.
+        is_wide = input.dtype == torch.float16 or is_slow(input.dtype)
+        x = input.float() if is_wide else input
+        pieces = self.weight.split(max(1, _PIECE // self.in_features))
+        products = [linear(x, piece.to(x.dtype), None) for piece in pieces]
+        product = torch.cat(products, -1) * self.weight_scale.to(products[0].dtype)
+        if self.bias is not None:
+            product = product + self.bias.to(product.dtype)
+        return product.to(input.dtype)

@@ -16,9 +16,8 @@ from hf_scratch_gpt import (
 )
 from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
 from hf_scratch_gpt.fast_blocks import ATTENTION, PackedFeedForward
-from hf_scratch_gpt.fast_linear import Int8Linear, PackedLinear
+from hf_scratch_gpt.fast_linear import PackedLinear
 from hf_scratch_gpt.half_scratch_gpt import is_slow
-from hf_scratch_gpt.linear_scratch_gpt import Linear
 
 from .models import random_ids, random_model
 
@@ -95,20 +94,6 @@ def test_what_torchs_kernel_alone_can_do(name):
     assert torch.equal(own, sdpa_attention_forward(*arguments, scaling=0.3, **given)[0])
 
 
-@pytest.mark.usefixtures("slow_half")
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
-@torch.no_grad()
-def test_int8_in_half_precision(kind):
-    """In float16 a product without its scale would overflow."""
-    layer = torch.nn.Linear(3072, 8).to(kind)
-    layer.weight.copy_(torch.rand(8, 3072) * 0.02)
-    x, exact = torch.full((1, 3072), 2.0).to(kind), copy.deepcopy(layer).float()
-    Int8Linear.take_over(layer)
-    y = layer(x)
-    assert y.dtype == kind
-    torch.testing.assert_close(y.float(), exact(x.float()), atol=0.1, rtol=0.01)
-
-
 @pytest.mark.parametrize("form", ["gelu", "gelu_new"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
@@ -126,35 +111,6 @@ def test_packed_feed_forward(dtype, form):
     torch.testing.assert_close(mlp(x).double(), exact, atol=tolerance, rtol=tolerance)
     mlp.activation.register_forward_hook(lambda module, args, output: 0 * output)
     assert torch.equal(mlp(x), mlp.down_proj(torch.zeros(2, 5, 192, dtype=dtype)))
-
-
-@torch.no_grad()
-def test_copies_share_what_is_packed():
-    layer, x = Linear(48, 80), torch.randn(3, 48)
-    PackedLinear.take_over(layer)
-    copied = copy.deepcopy(layer)
-    assert copied.packed.weight is layer.packed.weight
-    assert layer.is_packed_for(x)
-    assert copied.is_packed_for(x)
-    copied.weight.mul_(2)
-    assert layer.is_packed_for(x)
-    assert not copied.is_packed_for(x)
-    assert not copy.deepcopy(copied).is_packed_for(x)
-    torch.testing.assert_close(copied(x) - copied.bias, 2 * (layer(x) - layer.bias))
-
-
-@torch.no_grad()
-def test_int8_linear_in_pieces(monkeypatch):
-    monkeypatch.setattr("hf_scratch_gpt.fast_linear._PIECE", 1000)
-    layer = torch.nn.Linear(48, 100)
-    layer.weight[7] = 0
-    exact = copy.deepcopy(layer)
-    Int8Linear.take_over(layer)
-    assert layer.weight.dtype == torch.int8
-    rebuilt = layer.weight * layer.weight_scale[:, None]
-    assert ((rebuilt - exact.weight).abs() <= 0.5001 * layer.weight_scale[:, None]).all()
-    x = torch.randn(2, 3, 48)
-    torch.testing.assert_close(layer(x), x @ rebuilt.T + layer.bias)
 
 
 @torch.no_grad()

@@ -21,13 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
 from .half_scratch_gpt import attend_in_float32, is_slow_attention
-from .linear_scratch_gpt import (
-    Linear,
-    cast,
-    has_own_product,
-    is_changed,
-    own_product,
-)
+from .linear_scratch_gpt import Linear
+from .onednn_scratch_gpt import apply_gelu
+from .own_product_scratch_gpt import cast, has_own_product, own_product
+from .plain_scratch_gpt import is_changed
 
 
 class LayerNorm(nn.Module):
@@ -83,7 +80,7 @@ class GELU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the function to every element of `x`."""
         if self.fused:
-            return F.gelu(x, approximate=self.form)
+            return apply_gelu(x, self.form)
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))  # 1 + tanh(...) loses digits near 0
         if self.form == "none":

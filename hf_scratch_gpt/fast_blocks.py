@@ -16,8 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks_scratch_gpt import FeedForward, TransformerBlock, masked_attention
 from .fast_linear import PackedLinear
-from .linear_scratch_gpt import by_onednn, is_changed, is_plain_inference
 from .one_token import ATTENTION
+from .onednn_scratch_gpt import by_onednn
+from .plain_scratch_gpt import is_changed, is_plain_inference
 
 _OF_SDPA = ("is_causal", "position_bias", "cache", "softcap")  # what it alone can do
 _SCORES = 3 * 2**19  # scores at a time: they stay in a core's cache

@@ -24,8 +24,8 @@ from .fast_blocks import LastBlock, PackedFeedForward
 from .fast_linear import Int8Linear, PackedLinear
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
 from .large_pages import move_to_large_pages
-from .linear_scratch_gpt import is_changed, is_plain
 from .one_token import ATTENTION, Memory, OneToken, best_word, can_compute, name_of
+from .plain_scratch_gpt import is_changed, is_plain
 from .products import compiled, fastest_way
 
 _BLOCK = "blocks_scratch_gpt.TransformerBlock"

@@ -11,7 +11,9 @@ from torch import nn
 from torch.backends import mkldnn
 
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
-from .linear_scratch_gpt import by_onednn, is_plain, is_plain_inference, linear
+from .linear_scratch_gpt import linear
+from .onednn_scratch_gpt import by_onednn
+from .plain_scratch_gpt import is_plain, is_plain_inference
 
 _SAMPLED = 64  # numbers of a weight that are compared
 _PIECE = 2**22  # numbers that are turned back from int8 at a time

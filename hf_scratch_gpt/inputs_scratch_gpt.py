@@ -6,7 +6,7 @@ import torch
 from transformers import Cache
 from transformers.utils.import_utils import is_tracing
 
-from .linear_scratch_gpt import is_transformed
+from .plain_scratch_gpt import is_transformed
 
 
 def check_inputs(

@@ -26,8 +26,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
 from .configuration_scratch_gpt import ScratchGPTConfig
 from .inputs_scratch_gpt import check_inputs
-from .linear_scratch_gpt import Linear, is_changed, is_transformed
+from .linear_scratch_gpt import Linear
 from .loss_scratch_gpt import chunked_causal_loss
+from .plain_scratch_gpt import is_changed, is_transformed
 from .positions_scratch_gpt import check_length, positions_at, raise_past_limit
 
 _WHERE_ON_THE_HUB = (

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .linear_scratch_gpt import is_changed, is_plain
+from .plain_scratch_gpt import is_changed, is_plain
 from .positions_scratch_gpt import raise_past_limit
 from .products import DTYPES, Product, address_of, compiled, product_of
 

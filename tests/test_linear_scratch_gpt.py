@@ -9,7 +9,8 @@ from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_scratch_gpt import FeedForward
-from hf_scratch_gpt.linear_scratch_gpt import Linear, linear, own_product
+from hf_scratch_gpt.linear_scratch_gpt import Linear, linear
+from hf_scratch_gpt.own_product_scratch_gpt import own_product
 
 from .models import tiny_config
 
@@ -141,7 +142,8 @@ def by_torch(x, weight, bias, gelu):
 @pytest.mark.parametrize("shape", [(48,), (2, 48), (2, 700, 48), (0, 48)], ids=str)
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 def test_training_under_autocast(narrow, shape, bias, gelu, monkeypatch):
-    monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt._ROWS", 600)  # 1,400 rows in 3 pieces
+    # 1,400 rows in 3 pieces
+    monkeypatch.setattr("hf_scratch_gpt.own_product_scratch_gpt._ROWS", 600)
     linear, start, results = layer(bias=bias), torch.randn(shape), []
     for function in (own_product, by_torch):
         x = start.clone().requires_grad_()

@@ -31,7 +31,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 @functools.cache
 def compiled() -> ctypes.CDLL:
-    """Compile `one_token.cpp`, which takes a second or two, and load it; once in a process.
+    """Compile `one_token.cpp`, which takes two or three seconds, and load it; once in a process.
 
     Raises:
         FileNotFoundError: there is no C++ compiler.

@@ -17,7 +17,7 @@ from .plain_scratch_gpt import is_plain, is_plain_inference
 
 _SAMPLED = 64  # numbers of a weight that are compared
 _PIECE = 2**22  # numbers that are turned back from int8 at a time
-_ROWS = 256  # vectors that are multiplied in integers at a time
+_ROWS, _PRODUCTS = 256, 2**22  # vectors, and numbers of theirs, made in integers at a time
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -29,10 +29,15 @@ class Rough(NamedTuple):
 
     weight: torch.Tensor  # (D, C)
     errors: torch.Tensor  # (D,): by how much a row's product with a vector of length 1 may be off
+    column: torch.Tensor  # (D,), the first of the matrix: to tell if a row is another's by now
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether no row of `weight` has been replaced."""
+        return torch.equal(self.column, weight[:, 0])
 
 
 def _rough(weight: torch.Tensor) -> Rough | None:
-    """Made of `weight` (D, C); nothing if a number is infinite, or becomes so."""
+    """Made of `weight` (D, C); nothing if a number is infinite or none, or becomes so."""
     columns = weight.shape[1]
     rounded = weight.bfloat16()
     rows = max(1, _PIECE // columns)
@@ -42,9 +47,9 @@ def _rough(weight: torch.Tensor) -> Rough | None:
         # Both sums, of `columns` terms, are rounded: by less than this much of their size.
         of_sums = 2 * (columns + 16) * 2**-24 * wide.norm(dim=1)
         errors.append((wide - rough).norm(dim=1) + of_sums)
-    # A little more, as it is rounded as well.
-    error = torch.cat(errors).float() * 1.001 + _TINY
-    return Rough(rounded, error) if bool(error.isfinite().all()) else None
+    # A little more, as it is rounded as well, and products may be too small for float32.
+    error = torch.cat(errors).float() * 1.001 + 1e-24
+    return Rough(rounded, error, weight[:, 0].clone()) if bool(error.isfinite().all()) else None
 
 
 class PackedLinear(nn.Linear):
@@ -55,7 +60,10 @@ class PackedLinear(nn.Linear):
     @property
     def rough(self) -> Rough | None:
         """A rough copy of the weight, if there is one and the weight is still the same."""
-        return self.packed.rough if self.packed.is_of(self.weight) else None
+        rough = self.packed.rough
+        if rough is None or self.bias is not None or not self.packed.is_of(self.weight):
+            return None
+        return rough if rough.is_of(self.weight) else None
 
     def keep_rough(self) -> Rough | None:
         """Make the rough copy, if the weight is in float32 and there is no bias."""
@@ -135,8 +143,10 @@ def _state(weight: torch.Tensor) -> tuple[object, ...]:
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
     """A few numbers that lie far apart: they tell what `_state` misses, as an adapter merged."""
-    numbers = weight.detach().diagonal()
-    return numbers[:: max(1, len(numbers) // _SAMPLED)]
+    count = min(_SAMPLED, *weight.shape)
+    rows, columns = (size // max(1, count) for size in weight.shape)
+    step = rows * weight.stride(0) + columns * weight.stride(1)
+    return weight.detach().as_strided((count,), (step,))
 
 
 class Int8Linear(nn.Linear):
@@ -201,6 +211,7 @@ def _fits_integers(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         x.is_cpu
         and weight.is_cpu
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.numel() > 0
         and not (has_own_unit or torch.compiler.is_compiling() or torch.is_grad_enabled())
         and is_plain(weight)
@@ -227,8 +238,8 @@ def _by_integers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Each vector becomes whole numbers of 14 bits, its largest 127 * 128; these are two digits of
     eight bits, for which int8 has room.
     """
-    products = []
-    for rows in x.reshape(-1, x.shape[-1]).float().split(_ROWS):
+    products, count = [], max(1, min(_ROWS, _PRODUCTS // len(weight)))
+    for rows in x.reshape(-1, x.shape[-1]).float().split(count):
         unit = rows.abs().amax(1, keepdim=True).clamp(min=_TINY) / (127 * 128)
         high, low = _digits(rows / unit)
         of_high, of_low = torch._int_mm(torch.cat([high, low]), weight.T).float().chunk(2)

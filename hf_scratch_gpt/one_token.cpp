@@ -1,7 +1,7 @@
 // One token's way through a GPT, with the keys and values of the tokens before it at hand.
 //
-// The mathematics is that of `blocks_scratch_gpt.py`; `one_token.py` compiles this file and fills in
-// the structures.
+// The mathematics is that of `blocks_scratch_gpt.py`; `products.py` compiles this file, and
+// `one_token.py` fills in the structures.
 //
 // C hidden, H heads, D head size, S tokens so far, V words
 
@@ -56,7 +56,8 @@ void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>
 #pragma omp simd reduction(+ : variance)
   for (int64_t i = 0; i < count; i++) variance += (x[i] - mean) * (x[i] - mean) / count;
   const float factor = 1 / std::sqrt(variance + norm.eps);
-  for (int64_t i = 0; i < count; i++) y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
+  for (int64_t i = 0; i < count; i++)
+    y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
 }
 
 // e to the power of x, for x from -87 to 88, to the last digit but one. Unlike std::exp it is
@@ -170,7 +171,7 @@ void score_all(const Model& model, int64_t position, const float* embedded, floa
 // The head in bfloat16 gives each score but for an error, which is at most the length of x times
 // that of the row's error (Cauchy-Schwarz inequality); `errors` has room for the rounding of sums.
 // A row that cannot reach what another one reaches for sure is done with. The few that are left are
-// multiplied in float32.
+// multiplied in float32. Where numbers may become too small or too large for it, this does not hold.
 int64_t best_word(const Model& model, int64_t position, const float* embedded, float* scores,
                   int threads) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -184,8 +185,10 @@ int64_t best_word(const Model& model, int64_t position, const float* embedded, f
     const float length = std::sqrt(squares) * 1.001;  // for what its rounding may lose
     float lower = kLowest;  // what some row of this thread's reaches for sure
     multiply(model.rough_head, Input<BFloat16>(x), model.way, [&](int64_t row, float y) {
+      const float error = length * model.errors[row];
+      const bool has_room = length > 1e-8f && error < 1e30f;
       scores[row] = y;
-      lower = std::max(lower, y - length * model.errors[row]);
+      lower = std::max(lower, has_room ? y - error : -kLowest);
     });
     lowers[thread] = lower;
 #pragma omp barrier

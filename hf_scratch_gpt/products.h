@@ -55,7 +55,8 @@ inline void ask_ahead(const T* place) {
 
 // The products of x and each of N vectors of `count` numbers, which start `distance` numbers apart.
 template <int N, bool ahead, typename T>
-[[gnu::noinline]] void dots(const float* x, const T* y, int64_t distance, int64_t count, float* sums) {
+[[gnu::noinline]] void dots(const float* x, const T* y, int64_t distance, int64_t count,
+                            float* sums) {
   constexpr int64_t kWidth = 16;  // so many sums at once keep a processor busy
   constexpr int64_t kStep = kLine / sizeof(T);
   float parts[N][kWidth] = {};
@@ -114,7 +115,8 @@ struct Input<int8_t> {
   }
 
   template <int N, bool ahead>
-  [[gnu::noinline]] void times(const Product& product, int64_t row, int64_t distance, float* y) const {
+  [[gnu::noinline]] void times(const Product& product, int64_t row, int64_t distance,
+                               float* y) const {
     const int64_t columns = product.columns, width = N == 1 && !ahead ? columns : kLine;
     const int64_t whole = columns / width * width;
     const int8_t* weight = static_cast<const int8_t*>(product.weight) + row * columns;
@@ -155,8 +157,8 @@ inline std::pair<int64_t, int64_t> share_of(const Product& product) {
   return {product.rows * thread / threads, product.rows * (thread + 1) / threads};
 }
 
-// Hand some rows of W x + bias to `use`, those of this thread, which waits for no other. If it reads
-// from several places at once, these are as far apart as its share allows.
+// Hand some rows of W x + bias to `use`, those of this thread, which waits for no other. If it
+// reads from several places at once, these are as far apart as its share allows.
 template <typename W, typename Use>
 void multiply(const Product& product, const Input<W>& x, int64_t way, Use use) {
   const auto [start, end] = share_of(product);

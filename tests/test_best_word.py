@@ -134,12 +134,31 @@ def test_numbers_beyond_measure(number):
     assert quick == whole
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-25])
+@pytest.mark.parametrize("of_head", [1, 1e-20])
 @torch.no_grad()
-def test_vectors_that_are_nearly_nothing():
-    model = with_head(nearly_equal)
+def test_vectors_that_are_nearly_nothing(size, of_head):
+    model = with_head(lambda weight: weight.uniform_(0, of_head))
     for part in model.model.norm.parameters():
-        part.mul_(1e-25)
-    quick, whole = both(model, random_ids(20))
+        part.mul_(size)
+    quick, whole = both(model, random_ids(50))
+    assert quick == whole
+
+
+@torch.no_grad()
+def test_a_sum_that_overflows_on_its_way():
+    """In float32; that of the rough numbers does not."""
+    model = make()
+    head, norm = model.lm_head, model.model.norm
+    norm.weight.zero_()
+    norm.bias.fill_(1e19)
+    head.weight.zero_()
+    head.weight[3, :2] = torch.tensor([3.3e19, -3.3e19])
+    head.weight[9, 0] = 1e19
+    quick, whole = both(model, random_ids(1))
+    assert quick == whole
+    assert head.keep_rough() is not None
+    quick, whole = both(model, random_ids(1))
     assert quick == whole
 
 
@@ -158,6 +177,21 @@ def test_changed_weights_are_seen():
     assert both(copied, tokens)[0] == before
 
 
+@torch.no_grad()
+def test_a_bias_and_another_row_that_come_later_are_seen():
+    model, tokens = make(), random_ids(4)
+    best = both(model, tokens)[1]
+    model.lm_head.weight.data[90] = 3 * model.lm_head.weight.data[best[0]]
+    assert model.lm_head.rough is None
+    quick, whole = both(model, tokens)
+    assert quick == whole
+    assert whole[0] == 90
+    model = make()
+    model.lm_head.bias = torch.nn.Parameter(1000 * torch.eye(97)[7])
+    quick, whole = both(model, tokens)
+    assert quick == whole == [7] * 4
+
+
 def test_who_has_no_copy():
     half = random_model(ScratchGPTForCausalLM).eval().bfloat16()
     assert getattr(optimize_for_generation(half).lm_head, "rough", None) is None
@@ -166,3 +200,21 @@ def test_who_has_no_copy():
     with_bias = torch.nn.Linear(4, 4)
     PackedLinear.take_over(with_bias)
     assert with_bias.keep_rough() is None
+
+
+def at_the_bound(weight):
+    """Rows 5 and 60 are rounded as far as can be, one down, the other up; the lower one is best."""
+    weight.zero_()
+    weight[5] = 1 + 0.999 * 2**-8  # becomes 1
+    weight[60] = 1 + 1.001 * 2**-8  # becomes 1 + 2**-7
+    weight[60, -1] -= 32 * 0.002 * 2**-8 * 1.05
+
+
+def test_errors_as_large_as_can_be():
+    model = with_head(at_the_bound)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+        model.model.norm.bias.fill_(1)
+    rough = model.lm_head.rough.weight.float().sum(1)
+    assert rough[60] > rough[5]
+    assert both(model, random_ids(2)) == ([5, 5], [5, 5])

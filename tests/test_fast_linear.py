@@ -142,6 +142,12 @@ def test_who_multiplies_integers(monkeypatch):
     )
     with torch.no_grad():
         assert layer(x[:0]).shape == (0, 100)
+        wide = copy.deepcopy(layer).double()
+        torch.testing.assert_close(wide(x.double()), exact(x.double()))
+        exported = torch.export.export(layer, (x,)).module()
+        torch.testing.assert_close(exported(x).double(), exact(x.double()), rtol=1e-4, atol=1e-5)
+        mapped = torch.func.vmap(layer)(x)
+        torch.testing.assert_close(mapped.double(), exact(x.double()), rtol=1e-4, atol=1e-5)
         assert not taken
         half = make_int8(dtype=torch.bfloat16)[0]
         assert half(x.bfloat16()).dtype == torch.bfloat16
@@ -149,3 +155,27 @@ def test_who_multiplies_integers(monkeypatch):
         monkeypatch.setattr(fast_linear, "HAS_MATRIX_UNIT", not HAS_MATRIX_UNIT)
         assert half(x.bfloat16()).dtype == torch.bfloat16
         assert len(taken) == 1
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x).double(), exact(x.double()), rtol=1e-3, atol=1e-3)
+    assert len(taken) == 2
+
+
+@pytest.mark.usefixtures("multiplies_integers")
+@torch.no_grad()
+def test_a_wide_layer_is_multiplied_a_few_vectors_at_a_time(monkeypatch):
+    monkeypatch.setattr(fast_linear, "_PRODUCTS", 1000)
+    multiply, sizes = torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda x, y: sizes.append(len(x)) or multiply(x, y))
+    layer, exact = make_int8()
+    x = torch.randn(25, 48)
+    torch.testing.assert_close(layer(x).double(), exact(x.double()), rtol=1e-3, atol=1e-3)
+    assert sizes == [20, 20, 10]  # two digits of each
+
+
+def test_what_is_compared_lies_all_over_a_weight():
+    for weight in (torch.arange(5000.0).view(1000, 5), torch.arange(640.0).view(5, 128).T):
+        sample = fast_linear._sample(weight)
+        places = torch.stack([(weight == number).nonzero()[0] for number in sample])
+        for along, size in zip(places.T.tolist(), weight.shape, strict=True):
+            assert len(set(along)) == len(along) == 5
+            assert max(along) >= 0.7 * size

@@ -17,7 +17,10 @@ EDGES = (0.0, -0.0, 1e-30, -5.0, -10.0, -100.0, 50.0, 1e30, -1e30, 3e38, torch.i
 def calls(monkeypatch):
     """One entry for each question that is answered by oneDNN, however few the numbers."""
     taken, fits = [], onednn_scratch_gpt._fits_onednn
+    if not onednn_scratch_gpt._HAS_WIDE_VECTORS:
+        pytest.skip("oneDNN's is not ahead on this CPU")
     monkeypatch.setattr(onednn_scratch_gpt, "_ENOUGH", 0)
+    monkeypatch.setattr(onednn_scratch_gpt, "_CHANNELS", 1)
     monkeypatch.setattr(
         onednn_scratch_gpt, "_fits_onednn", lambda x: fits(x) and (taken.append(1) or True)
     )
@@ -57,6 +60,7 @@ OTHERS = {
     "half precision": lambda x: (x.half(), "tanh"),
     "float64": lambda x: (x.double(), "tanh"),
     "strided": lambda x: (x[:, ::2], "tanh"),
+    "on another device": lambda x: (x.to("meta"), "tanh"),
 }
 
 
@@ -64,8 +68,38 @@ OTHERS = {
 @torch.no_grad()
 def test_what_is_left_to_torch(calls, name):
     x, form = OTHERS[name](torch.randn(4, 6))
-    assert torch.equal(apply_gelu(x, form), F.gelu(x, approximate=form))
+    y, expected = apply_gelu(x, form), F.gelu(x, approximate=form)
+    assert y.shape == expected.shape
+    assert y.is_meta or torch.equal(y, expected)
     assert not calls
+
+
+@torch.no_grad()
+def test_what_traces_or_maps_sees_torchs(calls):
+    x = torch.randn(4, 6)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return apply_gelu(x, "tanh")
+
+    with pytest.warns(UserWarning, match="prototype"):
+        nested = torch.nested.nested_tensor([x, x[:3]])
+    torch.testing.assert_close(apply_gelu(nested, "tanh")[0], F.gelu(x, approximate="tanh"))
+    for traced in (
+        torch.export.export(Module(), (x,)).module(),
+        torch.jit.trace(Module(), x),
+        torch.func.vmap(Module()),
+        torch.compile(Module(), backend="eager", fullgraph=True),
+    ):
+        torch.testing.assert_close(traced(x), F.gelu(x, approximate="tanh"))
+    assert not calls
+
+
+def test_in_inference_mode(calls):
+    with torch.inference_mode():
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(apply_gelu(x, "tanh"), F.gelu(x, approximate="tanh"))
+    assert calls
 
 
 def test_gradients_are_torchs(calls):
@@ -82,8 +116,10 @@ def test_few_numbers_are_torchs(monkeypatch):
     monkeypatch.setattr(
         onednn_scratch_gpt, "is_plain", lambda x: taken.append(x.numel()) or is_plain(x)
     )
+    monkeypatch.setattr(onednn_scratch_gpt, "_HAS_WIDE_VECTORS", True)
     few, many = torch.randn(512, 511), torch.randn(512, 512)
-    for x in (few, many):
+    narrow = torch.randn(2**13, 63)
+    for x in (few, many, narrow):
         torch.testing.assert_close(apply_gelu(x, "tanh"), F.gelu(x, approximate="tanh"))
     assert taken == [2**18]
     mkldnn.set_flags(_enabled=False)

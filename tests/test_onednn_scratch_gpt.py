@@ -74,7 +74,7 @@ def test_what_is_left_to_torch(calls, name):
     assert not calls
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 @torch.no_grad()
 def test_what_traces_or_maps_sees_torchs(calls):
     x = torch.randn(4, 6)

@@ -8,7 +8,7 @@ from torch.backends import mkldnn
 from torch.nn import functional as F
 
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
-from .onednn_scratch_gpt import by_onednn, without_onednn
+from .onednn_scratch_gpt import adds_bias_apart, by_onednn, without_onednn
 from .own_product_scratch_gpt import has_own_product, own_product
 from .plain_scratch_gpt import is_plain_inference
 
@@ -52,6 +52,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             return by_float32(x, weight, bias)
         elif x.dtype == torch.bfloat16 and is_one_token(x) and weight.is_contiguous():
             return by_vector(x, weight, bias)
+        elif bias is not None and adds_bias_apart(x):
+            return by_onednn(x, weight, bias)
     if has_own_product(x, weight):
         return own_product(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -6,7 +6,7 @@ import torch
 from torch.backends import mkldnn
 from torch.nn import functional as F
 
-from .half_scratch_gpt import is_slow
+from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
 from .plain_scratch_gpt import is_plain
 
 # torch's own GELU has done fewer numbers sooner, and those of fewer channels.
@@ -26,6 +26,15 @@ def by_onednn(
         bias = bias.contiguous()  # another is read as if it were
     after, form = ("none", "") if gelu is None else ("gelu", gelu)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], form)
+
+
+def adds_bias_apart(x: torch.Tensor) -> bool:
+    """Whether torch's product of `x`, a CPU's, takes long to add a bias.
+
+    torch writes the bias first, and adds the product to it; oneDNN adds it on the way. Beside a
+    matrix unit the product takes so little time that this shows.
+    """
+    return HAS_MATRIX_UNIT and bool(mkldnn.enabled) and x.dtype == torch.bfloat16
 
 
 def without_onednn(

@@ -5,11 +5,10 @@
 from typing import Any
 
 import torch
-from torch.backends import mkldnn
 from torch.nn import functional as F
 
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow, multiplied_as
-from .onednn_scratch_gpt import apply_gelu, by_onednn
+from .onednn_scratch_gpt import adds_bias_apart, apply_gelu, by_onednn
 from .plain_scratch_gpt import is_plain
 
 _ROWS = 2**11 if HAS_MATRIX_UNIT else 2**9  # rows that GELU is applied to at a time
@@ -119,8 +118,7 @@ class _OwnProduct(torch.autograd.Function):
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The product of `x` (..., C) and `weight` (D, C), plus `bias`, without a gradient."""
-    # torch writes the bias first, and adds the product to it; oneDNN adds it on the way.
-    if HAS_MATRIX_UNIT and mkldnn.enabled and x.dtype == torch.bfloat16 and bias is not None:
+    if bias is not None and adds_bias_apart(x):
         return by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 

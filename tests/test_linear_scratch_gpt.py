@@ -9,6 +9,7 @@ from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_scratch_gpt import FeedForward
+from hf_scratch_gpt.half_scratch_gpt import is_slow
 from hf_scratch_gpt.linear_scratch_gpt import Linear, linear
 from hf_scratch_gpt.own_product_scratch_gpt import own_product
 
@@ -239,6 +240,7 @@ def test_half_precision_in_pieces(slow_half, monkeypatch):
     """No more of a matrix is in float32 at a time than is good for the cache."""
     monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt._PIECE", 1000)
     monkeypatch.setattr("hf_scratch_gpt.linear_scratch_gpt._IS_ONEDNN_AHEAD", True)
+    monkeypatch.setattr("hf_scratch_gpt.onednn_scratch_gpt.HAS_MATRIX_UNIT", False)
     linear, x, calls = layer(torch.bfloat16), torch.randn(5, 48).bfloat16(), []
     monkeypatch.setattr(
         "hf_scratch_gpt.linear_scratch_gpt.by_onednn",
@@ -309,6 +311,20 @@ def test_a_vector_with_and_without_a_matrix_unit(has_unit, bias, shape, monkeypa
     assert y.dtype == torch.bfloat16
     exact = in_float64(linear_layer, x)
     torch.testing.assert_close(y.double(), exact, atol=1e-3, rtol=2**-8)
+
+
+@pytest.mark.parametrize("has_unit", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_many_vectors_with_and_without_a_matrix_unit(has_unit, bias, monkeypatch):
+    if is_slow(torch.bfloat16):
+        pytest.skip("this CPU has no instructions for bfloat16")
+    monkeypatch.setattr("hf_scratch_gpt.onednn_scratch_gpt.HAS_MATRIX_UNIT", has_unit)
+    linear_layer, x = layer(torch.bfloat16, bias=bias), torch.randn(2, 40, 48).bfloat16()
+    y = linear_layer(x)
+    assert y.dtype == torch.bfloat16
+    exact = in_float64(linear_layer, x)
+    torch.testing.assert_close(y.double(), exact, atol=2e-3, rtol=2**-8)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_scratch_gpt import FeedForward
-from hf_scratch_gpt.half_scratch_gpt import is_slow
 from hf_scratch_gpt.linear_scratch_gpt import Linear, linear
 from hf_scratch_gpt.own_product_scratch_gpt import own_product
 
@@ -317,8 +316,6 @@ def test_a_vector_with_and_without_a_matrix_unit(has_unit, bias, shape, monkeypa
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_many_vectors_with_and_without_a_matrix_unit(has_unit, bias, monkeypatch):
-    if is_slow(torch.bfloat16):
-        pytest.skip("this CPU has no instructions for bfloat16")
     monkeypatch.setattr("hf_scratch_gpt.onednn_scratch_gpt.HAS_MATRIX_UNIT", has_unit)
     linear_layer, x = layer(torch.bfloat16, bias=bias), torch.randn(2, 40, 48).bfloat16()
     y = linear_layer(x)

@@ -166,12 +166,12 @@ void score_all(const Model& model, int64_t position, const float* embedded, floa
 }
 
 // The word that scores highest, of several the first, without reading all of the head; or -1 if
-// numbers are too large. `scores` (V) is memory to use.
+// numbers are too small or too large for the bound below. `scores` (V) is memory to use.
 //
 // The head in bfloat16 gives each score but for an error, which is at most the length of x times
 // that of the row's error (Cauchy-Schwarz inequality); `errors` has room for the rounding of sums.
 // A row that cannot reach what another one reaches for sure is done with. The few that are left are
-// multiplied in float32. Where numbers may become too small or too large for it, this does not hold.
+// multiplied in float32.
 int64_t best_word(const Model& model, int64_t position, const float* embedded, float* scores,
                   int threads) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .fast_blocks import LastBlock, PackedFeedForward
+from .fast_blocks import LastBlock, PackedAttention, PackedFeedForward, projections
 from .fast_linear import Int8Linear, PackedLinear
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
 from .large_pages import move_to_large_pages
@@ -29,6 +29,7 @@ from .plain_scratch_gpt import is_changed, is_plain
 from .products import compiled, fastest_way
 
 _BLOCK = "blocks_scratch_gpt.TransformerBlock"
+_ATTENTION = "blocks_scratch_gpt.MultiHeadAttention"
 # Formats of weights, and what torchao calls them.
 FORMATS = {
     "int8": "Int8WeightOnlyConfig",
@@ -139,7 +140,7 @@ def _needs_last_token_only(
         # The others are told as well, and have to know what to do with it.
         and all(name_of(type(layer)) == _BLOCK for layer in layers[:-1])
         and not last.training
-        and name_of(type(last.self_attn)) == "blocks_scratch_gpt.MultiHeadAttention"
+        and name_of(type(last.self_attn)) == _ATTENTION
         and not any(kwargs.get(name) or getattr(config, name) for name in asked)
         and (past_key_values is None or type(past_key_values) is DynamicCache)
         and (attention_mask is None or isinstance(attention_mask, torch.Tensor))
@@ -176,15 +177,29 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
     if name_of(type(last)) == _BLOCK and not is_changed(last):
         LastBlock.take_over(last)
     move_to_large_pages(layer.weight for layer in layers)
-    for layer in layers:
-        if layer.weight.dtype in packable:
-            PackedLinear.take_over(layer)
+    apart = {layer for layer in layers if layer.weight.dtype in packable}
+    for block in model.model.layers:
+        # The last one's projections are not of the same tokens.
+        if name_of(type(block)) == _BLOCK and _can_pack(block.self_attn, apart):
+            PackedAttention.take_over(block.self_attn)
+            apart -= set(projections(block.self_attn))
+    for layer in apart:
+        PackedLinear.take_over(layer)
     if isinstance(model.lm_head, PackedLinear) and (rough := model.lm_head.keep_rough()):
         move_to_large_pages([rough.weight])
     # torch's attention is ahead where the CPU has a matrix unit, or else no instructions at all.
     has_bands = model.dtype == torch.bfloat16 and not (is_slow(model.dtype) or HAS_MATRIX_UNIT)
     if model.config._attn_implementation == "sdpa" and has_bands:
         model.set_attn_implementation(ATTENTION)
+
+
+def _can_pack(attention: nn.Module, packable: set[nn.Module]) -> bool:
+    """Whether query, key and value of `attention` may be one product of `packable` layers."""
+    if name_of(type(attention)) != _ATTENTION or is_changed(attention):
+        return False
+    layers = projections(attention)
+    weights = {(layer.weight.dtype, layer.bias is None) for layer in layers}
+    return packable.issuperset(layers) and len(weights) == 1
 
 
 def _quantize(model: PreTrainedModel, weights: str) -> None:

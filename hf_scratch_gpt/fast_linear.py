@@ -55,13 +55,13 @@ def _rough(weight: torch.Tensor) -> Rough | None:
 class PackedLinear(nn.Linear):
     """Keeps a copy of its weight in the order in which oneDNN reads it."""
 
-    packed: "_Packed"
+    packed: "Packed"
 
     @property
     def rough(self) -> Rough | None:
         """A rough copy of the weight, if there is one and the weight is still the same."""
         rough = self.packed.rough
-        if rough is None or self.bias is not None or not self.packed.is_of(self.weight):
+        if rough is None or self.bias is not None or not self.packed.is_of((self.weight,)):
             return None
         return rough if rough.is_of(self.weight) else None
 
@@ -74,7 +74,7 @@ class PackedLinear(nn.Linear):
     @classmethod
     def take_over(cls, layer: nn.Linear) -> None:
         """Make `layer` one of these."""
-        packed = _Packed(layer.weight)
+        packed = Packed((layer.weight,))
         layer.__class__ = cls
         layer.packed = packed  # type: ignore[assignment]
 
@@ -88,50 +88,60 @@ class PackedLinear(nn.Linear):
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
         made.__dict__ = copy.deepcopy(self.__dict__, memo)
-        if self.packed.is_of(self.weight):
-            made.packed = _Packed(made.weight, self.packed.weight, self.packed.rough)
+        if self.packed.is_of((self.weight,)):
+            made.packed = Packed((made.weight,), self.packed.weight, self.packed.rough)
         return made
 
     def is_packed_for(self, input: torch.Tensor) -> bool:
         """Whether the copy can be used: not if the weight has changed, or a gradient is wanted."""
-        return (
-            not torch.compiler.is_compiling()
-            and is_plain_inference(input, self.weight)
-            and self.packed.is_of(self.weight)
-        )
+        return self.packed.is_for(input, (self.weight,))
 
 
-class _Packed:
-    """A weight in oneDNN's order, which torch cannot copy; copies of a layer share it.
+class Packed:
+    """Weights in oneDNN's order, one below the other; copies of a layer share them.
+
+    torch cannot copy them.
 
     Args:
-        weight: (D, C).
-        packed: what packing it gives, if it is known.
-        rough: its rough copy, if there is one.
+        weights: (D, C) each, as linear layers hold them.
+        packed: what packing them gives, if it is known.
+        rough: a rough copy, if there is one.
     """
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weights: tuple[torch.Tensor, ...],
         packed: torch.Tensor | None = None,
         rough: Rough | None = None,
     ) -> None:
         if packed is None:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+            whole = weights[0].detach() if len(weights) == 1 else torch.cat(weights).detach()
+            packed = torch.ops.mkldnn._reorder_linear_weight(whole, None)
         self.weight: torch.Tensor = packed
         self.rough = rough
-        self._original = weakref.ref(weight)
-        self._state, self._sample = _state(weight), _sample(weight).clone()
+        self._originals = tuple(map(weakref.ref, weights))
+        self._states = tuple(map(_state, weights))
+        self._samples = tuple(_sample(weight).clone() for weight in weights)
 
-    def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether `weight` is what was packed, and unchanged."""
+    def is_for(self, x: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> bool:
+        """Whether these may be multiplied by `x` (..., C) in place of `weights`."""
         return (
-            self._original() is weight
-            and self._state == _state(weight)
-            and torch.equal(self._sample, _sample(weight))
+            not torch.compiler.is_compiling()
+            and is_plain_inference(x, weights[0])
+            and self.is_of(weights)
         )
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "_Packed":
+    def is_of(self, weights: tuple[torch.Tensor, ...]) -> bool:
+        """Whether `weights` are what was packed, and unchanged."""
+        packed = zip(self._originals, self._states, self._samples, strict=True)
+        return all(
+            original() is weight
+            and state == _state(weight)
+            and torch.equal(sample, _sample(weight))
+            for weight, (original, state, sample) in zip(weights, packed, strict=True)
+        )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Packed":
         return self
 
 

@@ -4,19 +4,15 @@
 
 import torch
 from torch import nn
-from torch.backends import mkldnn
 from torch.nn import functional as F
 
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
-from .onednn_scratch_gpt import adds_bias_apart, by_onednn, without_onednn
+from .onednn_scratch_gpt import adds_bias_apart, by_onednn, is_onednn_ahead, without_onednn
 from .own_product_scratch_gpt import has_own_product, own_product
 from .plain_scratch_gpt import is_plain_inference
 
 _PIECE = 2**20  # numbers of a matrix that are turned into float32 at a time; a cache holds them
 _FEW = 3  # vectors that half precision multiplies as fast as float32, which is more to write
-_CPU = torch.cpu.get_capabilities().get("cpu_name", "")
-# torch multiplies float32 by MKL, which is at its best on processors of its maker's.
-_IS_ONEDNN_AHEAD = mkldnn.is_available() and not _CPU.startswith("Intel")
 
 
 class Linear(nn.Linear):
@@ -29,9 +25,15 @@ class Linear(nn.Linear):
     where others read it as it lies, up to twice as fast; and compiled code calls the same slow
     products, where the sum written out becomes a loop that reads as fast as memory gives.
 
-    Half precision that the CPU has no instructions for is multiplied in float32, and training under
-    autocast keeps less for the backward pass: see `own_product`.
+    Half precision that the CPU has no instructions for is multiplied in float32. Training, under
+    autocast or where oneDNN is ahead, keeps less for the backward pass: see `own_product`.
     """
+
+    def reset_parameters(self) -> None:
+        """Draw the weight and the bias, if they have numbers: not while a model is being loaded."""
+        # torch takes a tenth of the time that loading GPT-2 takes to draw none.
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
@@ -46,7 +48,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         if torch.compiler.is_compiling():
             if is_one_token(x):
                 return written_out(x, weight, bias)
-        elif _IS_ONEDNN_AHEAD and x.dtype == torch.float32 and mkldnn.enabled:
+        elif is_onednn_ahead(x):
             return by_onednn(x, weight, bias)
         elif is_slow(x.dtype) and x.numel() > _FEW * x.shape[-1]:
             return by_float32(x, weight, bias)
@@ -62,7 +64,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 def _is_torch_ahead(x: torch.Tensor) -> bool:
     """Whether nothing here is ahead of torch: asked first, as it may be asked 73 times a token."""
     return x.dtype == torch.float32 and not (
-        _IS_ONEDNN_AHEAD
+        is_onednn_ahead(x)
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()

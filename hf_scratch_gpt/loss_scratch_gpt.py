@@ -10,10 +10,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .half_scratch_gpt import multiplied_as
+from .onednn_scratch_gpt import by_onednn, is_onednn_ahead
+from .plain_scratch_gpt import is_plain
 
 PIECE = 2**26  # bytes of logits at a time
 _BLOCK = 2**21  # logits that are turned into a gradient at a time
-_WORDS = 2**12  # rows of the weight whose gradients are summed at a time
+_WORDS = 2**12  # rows of the weight that are multiplied, or whose gradients are summed, at a time
 
 
 def chunked_causal_loss(
@@ -122,7 +124,7 @@ class _LossOfPieces(torch.autograd.Function):
         pieces = zip(hidden.split(size), labels.split(size), grad_hidden.split(size), strict=True)
         for number, (rows, label, grad_rows) in enumerate(pieces):
             logits = products[: len(rows)]  # (n, V)
-            torch.mm(rows, narrow.T, out=logits)
+            _multiply(rows, narrow, logits)
             total += _to_gradient(logits, label, divisor)
             torch.mm(logits, narrow, out=grad_rows)
             if grad_weight is not None:
@@ -146,6 +148,16 @@ class _LossOfPieces(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(of_weight)
         return grad_hidden.to(of_hidden), grad_weight, None, None, None
+
+
+def _multiply(hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -> None:
+    """Put the product of `hidden` (n, C) and `weight` (V, C) into `logits` (n, V)."""
+    is_compiled = torch.compiler.is_compiling()
+    if is_compiled or not (is_onednn_ahead(hidden) and is_plain(weight)):
+        torch.mm(hidden, weight.T, out=logits)
+        return
+    for words, of_words in zip(weight.split(_WORDS), logits.split(_WORDS, dim=1), strict=True):
+        of_words.copy_(by_onednn(hidden, words, None))
 
 
 def _to_gradient(logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:

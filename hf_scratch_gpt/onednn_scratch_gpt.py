@@ -9,6 +9,9 @@ from torch.nn import functional as F
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
 from .plain_scratch_gpt import is_plain
 
+# torch multiplies float32 by MKL, which is at its best on processors of its maker's.
+_CPU = torch.cpu.get_capabilities().get("cpu_name", "")
+_IS_AHEAD = mkldnn.is_available() and not _CPU.startswith("Intel")
 # torch's own GELU has done fewer numbers sooner, and those of fewer channels.
 _ENOUGH, _CHANNELS = 2**18, 64
 # Without instructions for 16 numbers at once, which is AVX-512, oneDNN's is not ahead.
@@ -26,6 +29,11 @@ def by_onednn(
         bias = bias.contiguous()  # another is read as if it were
     after, form = ("none", "") if gelu is None else ("gelu", gelu)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], form)
+
+
+def is_onednn_ahead(x: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies `x` (..., C) by a matrix (D, C) faster than torch's choice does."""
+    return _IS_AHEAD and x.dtype == torch.float32 and x.is_cpu and bool(mkldnn.enabled)
 
 
 def adds_bias_apart(x: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow, multiplied_as
-from .onednn_scratch_gpt import adds_bias_apart, apply_gelu, by_onednn
+from .onednn_scratch_gpt import adds_bias_apart, apply_gelu, by_onednn, is_onednn_ahead
 from .plain_scratch_gpt import is_plain
 
 _ROWS = 2**11 if HAS_MATRIX_UNIT else 2**9  # rows that GELU is applied to at a time
@@ -17,15 +17,15 @@ _ROWS = 2**11 if HAS_MATRIX_UNIT else 2**9  # rows that GELU is applied to at a 
 def has_own_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `own_product` is better than torch's, and nothing is in the way.
 
-    It is for training under autocast on a CPU, and where the CPU has no instructions for the half
-    precision that would be multiplied.
+    It is for training on a CPU: under autocast, where the CPU has no instructions for the half
+    precision that would be multiplied, and in float32 where oneDNN is ahead.
     """
     is_autocast, is_training = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
     dtype = torch.get_autocast_dtype("cpu") if is_autocast else weight.dtype
     if is_autocast:
         is_better = weight.dtype == torch.float32 and (is_training or is_slow(dtype))
     else:
-        is_better = is_training and is_slow(dtype)
+        is_better = is_training and (is_slow(dtype) or is_onednn_ahead(x))
     return (
         x.is_cpu
         and is_better
@@ -118,7 +118,7 @@ class _OwnProduct(torch.autograd.Function):
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The product of `x` (..., C) and `weight` (D, C), plus `bias`, without a gradient."""
-    if bias is not None and adds_bias_apart(x):
+    if is_onednn_ahead(x) or (bias is not None and adds_bias_apart(x)):
         return by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 

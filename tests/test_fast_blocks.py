@@ -5,17 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_scratch_gpt import (
     FeedForward,
+    MultiHeadAttention,
     ScratchGPTConfig,
     ScratchGPTForCausalLM,
     optimize_for_generation,
 )
 from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
-from hf_scratch_gpt.fast_blocks import ATTENTION, PackedFeedForward
+from hf_scratch_gpt.fast_blocks import ATTENTION, PackedAttention, PackedFeedForward
 from hf_scratch_gpt.fast_linear import PackedLinear
 from hf_scratch_gpt.half_scratch_gpt import is_slow
 
@@ -111,6 +113,105 @@ def test_packed_feed_forward(dtype, form):
     torch.testing.assert_close(mlp(x).double(), exact, atol=tolerance, rtol=tolerance)
     mlp.activation.register_forward_hook(lambda module, args, output: 0 * output)
     assert torch.equal(mlp(x), mlp.down_proj(torch.zeros(2, 5, 192, dtype=dtype)))
+
+
+def packed_attention(bias=True, implementation="sdpa"):
+    config = ScratchGPTConfig(
+        n_embd=48, n_head=4, qkv_bias=bias, drop_rate=0.0, attn_implementation=implementation
+    )
+    attention = MultiHeadAttention(config, layer_idx=0).eval()
+    exact = copy.deepcopy(attention).double()
+    PackedAttention.take_over(attention)
+    return attention, exact
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_packed_attention(bias, implementation, monkeypatch):
+    attention, exact = packed_attention(bias, implementation)
+    x, own_cache, exact_cache = torch.randn(2, 7, 48), DynamicCache(), DynamicCache()
+    # The three layers would do as well.
+    monkeypatch.setattr(
+        "hf_scratch_gpt.linear_scratch_gpt.Linear.forward",
+        lambda self, x: (
+            torch.nn.functional.linear(x, self.weight, self.bias)
+            if self is attention.o_proj or self.weight.dtype == torch.float64
+            else 1 / 0
+        ),
+    )
+    for piece in (x[:, :5], x[:, 5:6], x[:, 6:]):
+        own, own_weights = attention(piece, past_key_values=own_cache)
+        expected, weights = exact(piece.double(), past_key_values=exact_cache)
+        torch.testing.assert_close(own.double(), expected, atol=1e-6, rtol=1e-5)
+        assert (own_weights is None) == (implementation == "sdpa")
+        if own_weights is not None:
+            torch.testing.assert_close(own_weights.double(), weights, atol=1e-6, rtol=1e-5)
+
+
+def double_the_keys(attention):
+    attention.k_proj.weight.mul_(2)
+
+
+def watch_the_values(attention):
+    attention.v_proj.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def drop_a_bias(attention):
+    attention.q_proj.bias = None
+
+
+def replace_the_query(attention):
+    attention.q_proj = torch.nn.Linear(48, 48).requires_grad_(False)
+
+
+def change_a_bias(attention):
+    attention.q_proj.bias.add_(1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [double_the_keys, watch_the_values, drop_a_bias, replace_the_query, change_a_bias],
+)
+@torch.no_grad()
+def test_packed_attention_that_is_changed(change):
+    attention, exact = packed_attention()
+    torch.manual_seed(1)
+    change(attention)
+    torch.manual_seed(1)
+    change(exact)
+    x = torch.randn(2, 7, 48)
+    expected = exact.double()(x.double())[0]
+    torch.testing.assert_close(attention(x)[0].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_copies_share_packed_attention():
+    attention, _ = packed_attention()
+    copied, x = copy.deepcopy(attention), torch.randn(2, 7, 48)
+    assert copied.packed.weight is attention.packed.weight
+    assert torch.equal(copied(x)[0], attention(x)[0])
+    copied.k_proj.weight.zero_()
+    assert not torch.equal(copied(x)[0], attention(x)[0])
+    assert not copy.deepcopy(copied).packed.is_of((copied.q_proj.weight,) * 3)
+
+
+def test_packed_attention_learns():
+    attention, exact = packed_attention()
+    x = torch.randn(2, 7, 48)
+    for each, given in ((attention, x), (exact, x.double())):
+        each.train()(given)[0].square().sum().backward()
+    for own, expected in zip(attention.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(own.grad.double(), expected.grad, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_which_attention_is_packed():
+    model = optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
+    kinds = [type(block.self_attn).__name__ for block in model.model.layers]
+    assert kinds == ["PackedAttention", "PackedAttention", "MultiHeadAttention"]
+    small = optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int8")
+    assert {type(b.self_attn).__name__ for b in small.model.layers} == {"MultiHeadAttention"}
 
 
 @torch.no_grad()

@@ -52,6 +52,24 @@ def test_equals_transformers(case):
         torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_float32_by_onednn_or_not(is_ahead, monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.onednn_scratch_gpt._IS_AHEAD", is_ahead)
+    calls, by_onednn = [], loss_scratch_gpt.by_onednn
+    monkeypatch.setattr(
+        loss_scratch_gpt, "by_onednn", lambda *args: calls.append(1) or by_onednn(*args)
+    )
+    labels, results = random_ids(2, 9), []
+    start, weight = torch.randn(2, 9, 16), torch.randn(VOCABULARY, 16)
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (start, weight)]
+        loss = chunked_causal_loss(*leaves, labels)
+        results.append([loss.detach(), *gradients(loss, *leaves)])
+    for expected, own in zip(*results, strict=True):
+        torch.testing.assert_close(own.double(), expected.double(), atol=1e-6, rtol=1e-5)
+    assert bool(calls) is is_ahead
+
+
 def test_labels_that_are_shifted_already():
     hidden, weight = torch.randn(2, 9, 16), torch.randn(VOCABULARY, 16)
     labels = random_ids(2, 9)

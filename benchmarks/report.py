@@ -28,7 +28,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 line += f"  {value['median'] / result['limit']:5.2f} of the limit"
             lines.append(line)
         for key, more in result.items():
-            if isinstance(more, Mapping) and key != "rates":
+            if isinstance(more, Mapping) and more and key != "rates":
                 lines.append(f"  {key}: " + ", ".join(f"{n} {v:.4g}" for n, v in more.items()))
             elif isinstance(more, list) and more:
                 lines.append(f"  {key}: " + ", ".join(more))

@@ -13,7 +13,8 @@ from .limits import matrix_peak
 from .peers import DTYPES, in_our_format
 from .timing import rates
 
-BATCH, LENGTH, STEPS, SHORT_STEPS = 2, 1024, 4, 50
+BATCH, LENGTH, STEPS = 2, 1024, 4
+SHORT, SHORT_STEPS = 64, 50
 # In a process of its own, since peak memory is a process's.
 STEP = """
 import json, re, sys
@@ -22,8 +23,8 @@ from benchmarks.timing import seconds_of
 from transformers import GPT2LMHeadModel
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
-name, folder, dtype, *sizes, device = sys.argv[1:]
-batch, length, steps = map(int, sizes)
+name, folder, dtype, device, batch, *lengths = sys.argv[1:]
+batch, lengths = int(batch), map(int, lengths)
 none = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
 if name == "GPT2LMHeadModel":
     model = GPT2LMHeadModel.from_pretrained(folder, use_cache=False, **none)
@@ -38,7 +39,7 @@ generator = torch.Generator().manual_seed(0)
 frequency = 1 / torch.arange(1, 50258)
 losses, times = [], []
 
-def step():
+def step(length):
     ids = frequency.multinomial(batch * length, replacement=True, generator=generator)
     ids = ids.view(batch, length).to(device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -48,8 +49,8 @@ def step():
     optimizer.zero_grad()
     losses.append(loss.item())
 
-for _ in range(steps):
-    times.append(seconds_of(step, device))
+for length in lengths:
+    times.append(seconds_of(lambda: step(length), device))
 # Not ru_maxrss, which begins at the parent's.
 status = open("/proc/self/status").read()
 peak = int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]) * 1024
@@ -57,24 +58,25 @@ if device != "cpu":
     peak = torch.accelerator.max_memory_allocated()
 print(json.dumps({"seconds": times[1:], "losses": losses, "peak": peak}))
 """
-NAMES = ("GPT2LMHeadModel", "ours", "ours, chunked loss")
+PEER = "GPT2LMHeadModel"
+NAMES = (PEER, "ours", "ours, chunked loss")
 
 
-def lengths(dtype: str, device: str) -> tuple[int, int]:
-    """Tokens of a text in the steps that are timed, and in those whose losses are compared.
+def has_slow_peer(dtype: str, device: str) -> bool:
+    """Whether the CPU has no instructions for `dtype`: the peer is then a hundred times slower."""
+    return device == "cpu" and is_slow(DTYPES[dtype])
 
-    Fewer where the CPU has no instructions for `dtype`: the peer multiplies a hundred times slower.
+
+def run(name: str, folder: Path, dtype: str, lengths: list[int], device: str) -> dict:
+    """Seconds a step, losses and peak memory of one model; `lengths` are those of a step's texts.
+
+    The first step is not timed.
     """
-    return (64, 8) if device == "cpu" and is_slow(DTYPES[dtype]) else (LENGTH, 64)
-
-
-def run(name: str, folder: Path, dtype: str, length: int, steps: int, device: str) -> dict:
-    """Seconds a step, losses and peak memory of one model."""
     # Weights that are split as they are read stay in memory twice, as pages of the file.
-    folder = folder if name == "GPT2LMHeadModel" else in_our_format(folder)
-    sizes = [str(number) for number in (BATCH, length, steps)]
+    folder = folder if name == PEER else in_our_format(folder)
+    sizes = [str(number) for number in (BATCH, *lengths)]
     done = subprocess.run(
-        [sys.executable, "-c", STEP, name, folder, dtype, *sizes, device],
+        [sys.executable, "-c", STEP, name, folder, dtype, device, *sizes],
         check=True,
         capture_output=True,
         text=True,
@@ -95,17 +97,24 @@ def flops(folder: Path, length: int) -> int:
 
 
 def training(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
-    """AdamW, under autocast where `dtype` is bfloat16; then short steps for the losses."""
-    length, short = lengths(dtype, device)
-    rounds = min(rounds, 3) if length == LENGTH else 1
+    """AdamW, under autocast where `dtype` is bfloat16; then short steps for the losses.
+
+    These are compared with the peer's in float32, and with its own in `dtype` where it needs no
+    hours for them. A slow peer is timed with shorter texts, and its memory taken from one step.
+    """
+    is_slow_here = has_slow_peer(dtype, device)
+    length, rounds = (SHORT, 1) if is_slow_here else (LENGTH, min(rounds, 3))
     results: dict[str, list[dict]] = {name: [] for name in NAMES}
     for _ in range(rounds):
         for name in NAMES:
-            results[name].append(run(name, folder, dtype, length, STEPS, device))
-    curves = {
-        name: run(name, folder, dtype, short, SHORT_STEPS, device)["losses"] for name in NAMES
-    }
-    exact = curves["GPT2LMHeadModel"]
+            results[name].append(run(name, folder, dtype, [length] * STEPS, device))
+    peaks = {name: max(result["peak"] for result in runs) for name, runs in results.items()}
+    if is_slow_here:
+        steps = [SHORT, LENGTH]  # from the second on, AdamW keeps its averages
+        peaks = {name: run(name, folder, dtype, steps, device)["peak"] for name in NAMES}
+    compared = NAMES[1:] if is_slow_here else NAMES
+    curves = {name: losses(name, folder, dtype, device) for name in compared}
+    exact = curves[PEER] if dtype == "float32" else losses(PEER, folder, "float32", device)
     seconds = {
         name: [second for result in runs for second in result["seconds"]]
         for name, runs in results.items()
@@ -114,10 +123,24 @@ def training(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, An
         "unit": "tokens/s",
         "rates": rates(BATCH * length, seconds),
         "limit": matrix_peak(DTYPES[dtype], device) / flops(folder, length),
-        "tokens": {"texts": BATCH, "of each": length, "of each for losses": short},
-        "peak, GB": {n: max(r["peak"] for r in runs) / 1e9 for n, runs in results.items()},
-        "largest relative difference of 50 losses": {
-            name: max(abs(a - b) / b for a, b in zip(curve, exact, strict=True))
+        "tokens": {"texts": BATCH, "of each": length, "for memory": LENGTH, "for losses": SHORT},
+        "peak, GB": {name: peak / 1e9 for name, peak in peaks.items()},
+        "largest relative difference of 50 losses to GPT2LMHeadModel's in float32": {
+            name: difference(curve, exact) for name, curve in curves.items()
+        },
+        f"the same to its own in {dtype}": {
+            name: difference(curve, curves[PEER])
             for name, curve in curves.items()
+            if PEER in curves
         },
     }
+
+
+def losses(name: str, folder: Path, dtype: str, device: str) -> list[float]:
+    """Of 50 steps."""
+    return run(name, folder, dtype, [SHORT] * SHORT_STEPS, device)["losses"]
+
+
+def difference(curve: list[float], exact: list[float]) -> float:
+    """The largest of the steps, relative to `exact`."""
+    return max(abs(a - b) / b for a, b in zip(curve, exact, strict=True))

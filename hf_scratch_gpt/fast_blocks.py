@@ -22,11 +22,11 @@ from .blocks_scratch_gpt import (
     masked_attention,
 )
 from .fast_linear import Packed, PackedLinear
+from .half_scratch_gpt import OF_SDPA
 from .one_token import ATTENTION, name_of
 from .onednn_scratch_gpt import by_onednn
 from .plain_scratch_gpt import is_changed, is_plain_inference
 
-_OF_SDPA = ("is_causal", "position_bias", "cache", "softcap")  # what it alone can do
 _SCORES = 3 * 2**19  # scores at a time: they stay in a core's cache
 
 
@@ -203,7 +203,7 @@ def _bands_or_sdpa(
         and _are_known(query, key, value, attention_mask)
         and module.is_causal
         and not dropout
-        and all(kwargs.get(name) is None for name in _OF_SDPA)
+        and all(kwargs.get(name) is None for name in OF_SDPA)
         and not torch.compiler.is_compiling()
         and is_plain_inference(query, key)
     )

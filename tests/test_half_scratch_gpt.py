@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from hf_scratch_gpt import ScratchGPTForCausalLM, half_scratch_gpt
+from hf_scratch_gpt import MultiHeadAttention, ScratchGPTForCausalLM, half_scratch_gpt
 
-from .models import random_ids, random_model
+from .models import random_ids, random_model, tiny_config
 
 pytestmark = pytest.mark.usefixtures("slow_half")
 
@@ -92,6 +93,36 @@ def test_whoever_watches_what_is_kept_sees_attention(attention):
     sizes = {tuple(x.shape) for x in seen}
     of_scores = {(2, 4, 20, 20), (8, 20, 20)} if attention == "eager" else {(2, 4, 20, 8)}
     assert sizes & of_scores
+
+
+def test_attention_keeps_half_precision():
+    model = random_model(ScratchGPTForCausalLM, drop_rate=0.0).train()
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        model(random_ids(2, 20))
+    of_heads = [x for x in kept if x.shape == (2, 4, 20, 8)]
+    assert len(of_heads) == 3 * 4  # query, key, value and what is gathered
+    assert {x.dtype for x in of_heads} == {torch.bfloat16}
+
+
+def test_attention_of_fewer_queries_than_keys():
+    """As where a cache is trained with; and of one token, and of one that is not causal."""
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.manual_seed(3)
+        attention = MultiHeadAttention(tiny_config(attn_implementation="sdpa"), 0).eval().to(dtype)
+        cache, of_pieces = DynamicCache(), []
+        x = torch.randn(2, 9, 32).to(dtype).requires_grad_()
+        for piece in (x[:, :6], x[:, 6:7], x[:, 7:8]):
+            of_pieces.append(attention(piece, past_key_values=cache)[0])
+        of_pieces.append(attention(x, is_causal=False)[0])
+        torch.cat(of_pieces, dim=1).double().square().sum().backward()
+        results.append((*of_pieces, x.grad))
+    for exact, own in zip(*results, strict=True):
+        assert (own.double() - exact).norm() < 0.03 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", ["autocast", torch.bfloat16], ids=str)

@@ -100,7 +100,7 @@ def training(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, An
     """AdamW, under autocast where `dtype` is bfloat16; then short steps for the losses.
 
     These are compared with the peer's in float32, and with its own in `dtype` where it needs no
-    hours for them. A slow peer is timed with shorter texts, and its memory taken from one step.
+    hours for them. A slow peer is timed with shorter texts, and memory taken from a step apart.
     """
     is_slow_here = has_slow_peer(dtype, device)
     length, rounds = (SHORT, 1) if is_slow_here else (LENGTH, min(rounds, 3))
@@ -125,19 +125,19 @@ def training(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, An
         "limit": matrix_peak(DTYPES[dtype], device) / flops(folder, length),
         "tokens": {"texts": BATCH, "of each": length, "for memory": LENGTH, "for losses": SHORT},
         "peak, GB": {name: peak / 1e9 for name, peak in peaks.items()},
-        "largest relative difference of 50 losses to GPT2LMHeadModel's in float32": {
+        f"largest relative difference of {SHORT_STEPS} losses to {PEER}'s in float32": {
             name: difference(curve, exact) for name, curve in curves.items()
         },
         f"the same to its own in {dtype}": {
             name: difference(curve, curves[PEER])
             for name, curve in curves.items()
-            if PEER in curves
+            if PEER in curves and dtype != "float32"
         },
     }
 
 
 def losses(name: str, folder: Path, dtype: str, device: str) -> list[float]:
-    """Of 50 steps."""
+    """Those of short steps of one model."""
     return run(name, folder, dtype, [SHORT] * SHORT_STEPS, device)["losses"]
 
 

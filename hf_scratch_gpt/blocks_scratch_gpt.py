@@ -24,7 +24,7 @@ from .half_scratch_gpt import attend_in_float32, is_slow_attention
 from .linear_scratch_gpt import Linear
 from .onednn_scratch_gpt import apply_gelu
 from .own_product_scratch_gpt import cast, has_own_product, own_product
-from .plain_scratch_gpt import is_changed
+from .plain_scratch_gpt import fit, is_changed
 
 
 class LayerNorm(nn.Module):
@@ -126,6 +126,7 @@ class FeedForward(nn.Module):
             and self.activation.fused
             and type(self.down_proj) is Linear
             and not (is_changed(self.activation) or is_changed(self.down_proj))
+            and fit(inner, self.down_proj.weight, self.down_proj.bias)
             and has_own_product(inner, self.down_proj.weight)
         )
 

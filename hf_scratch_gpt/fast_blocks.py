@@ -70,7 +70,7 @@ class PackedAttention(MultiHeadAttention):
     @classmethod
     def take_over(cls, attention: MultiHeadAttention) -> None:
         """Make `attention`, of whose projections all have a bias or none, one of these."""
-        packed = Packed(tuple(layer.weight for layer in projections(attention)))
+        packed = Packed(_weights(attention))
         attention.__class__ = _subclass(cls, type(attention))
         attention.packed = packed  # type: ignore[assignment]
 
@@ -87,18 +87,20 @@ class PackedAttention(MultiHeadAttention):
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat(biases)
-        query, key, value = by_onednn(hidden_states, self.packed.weight, bias).chunk(3, dim=-1)
-        return attend(self, query, key, value, attention_mask, past_key_values, **kwargs)
+        product = by_onednn(hidden_states, self.packed.weight, bias)
+        query, key, value = product.split([len(layer.weight) for layer in layers], dim=-1)
+        gathered, weights = _attend(
+            self, query, key, value, attention_mask, past_key_values, **kwargs
+        )
+        return self.dropout(gathered), weights
 
     def _is_packed_for(self, hidden_states: torch.Tensor, layers: tuple[Any, ...]) -> bool:
-        is_plain = not self.training and all(
-            name_of(type(layer)) == "linear_scratch_gpt.Linear" and not is_changed(layer)
-            for layer in layers
-        )
         return (
-            is_plain
+            not (torch.compiler.is_compiling() or self.training)
+            and all(name_of(type(layer)) == "linear_scratch_gpt.Linear" for layer in layers)
+            and not any(map(is_changed, layers))
             and len({layer.bias is None for layer in layers}) == 1
-            and self.packed.is_for(hidden_states, tuple(layer.weight for layer in layers))
+            and self.packed.is_for(hidden_states, _weights(self))
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedAttention":
@@ -106,9 +108,8 @@ class PackedAttention(MultiHeadAttention):
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
         made.__dict__ = copy.deepcopy(self.__dict__, memo)
-        own, copied = (tuple(p.weight for p in projections(part)) for part in (self, made))
-        if self.packed.is_of(own):
-            made.packed = Packed(copied, self.packed.weight)
+        if self.packed.is_of(_weights(self)):
+            made.packed = Packed(_weights(made), self.packed.weight)
         return made
 
 
@@ -117,7 +118,12 @@ def projections(attention: Any) -> tuple[Any, Any, Any]:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
-def attend(
+def _weights(attention: MultiHeadAttention) -> tuple[Any, ...]:
+    """Their weights; None of a layer that has none."""
+    return tuple(getattr(layer, "weight", None) for layer in projections(attention))
+
+
+def _attend(
     attention: MultiHeadAttention,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -126,7 +132,10 @@ def attend(
     past_key_values: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `attention`, not in training, makes of its projections, (B, T, C) each."""
+    """What `attention`, not in training, makes of its projections, (B, T, C) each.
+
+    It is (B, T, C), before dropout; and the weights, if they are computed.
+    """
 
     def heads(projected: torch.Tensor) -> torch.Tensor:
         return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
@@ -138,9 +147,16 @@ def attend(
         attention.config._attn_implementation or "eager", masked_attention
     )
     gathered, weights = by(
-        attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs
+        attention,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=attention.scaling,
+        dropout=0.0,
+        **kwargs,
     )
-    return attention.o_proj(gathered.flatten(2)), weights
+    return attention.o_proj(gathered.reshape(*gathered.shape[:2], -1)), weights
 
 
 class LastBlock(TransformerBlock):
@@ -178,7 +194,7 @@ class LastBlock(TransformerBlock):
         attention = self.self_attn
         query = attention.q_proj(hidden_states[:, -1:])
         key, value = attention.k_proj(hidden_states), attention.v_proj(hidden_states)
-        return attend(attention, query, key, value, attention_mask, **kwargs)[0]
+        return _attend(attention, query, key, value, attention_mask, **kwargs)[0]
 
 
 def _bands_or_sdpa(

@@ -50,9 +50,9 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
 
     The outputs are those of before, up to the order in which sums are rounded. Change weights, add
     adapters, choose data type and device before, not afterwards, and pickle nothing; a weight
-    that is replaced or changed all the same is used unpacked, but a change of a few of its numbers
-    by way of its `data` goes unseen. A text goes the
-    ordinary way if the C++ would not give the same: with hooks, adapters, a function between the
+    that is replaced or changed all the same is used unpacked, of query, key and value all three,
+    but a change of a few of its numbers by way of its `data` goes unseen. A text goes the ordinary
+    way if the C++ would not give the same: with hooks, adapters, a function between the
     feed-forward's layers that is no GELU, padding, or in float16.
 
     Args:
@@ -193,13 +193,14 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
         model.set_attn_implementation(ATTENTION)
 
 
-def _can_pack(attention: nn.Module, packable: set[nn.Module]) -> bool:
-    """Whether query, key and value of `attention` may be one product of `packable` layers."""
+def _can_pack(attention: nn.Module, candidates: set[nn.Module]) -> bool:
+    """Whether query, key and value of `attention`, all among `candidates`, may be one product."""
     if name_of(type(attention)) != _ATTENTION or is_changed(attention):
         return False
     layers = projections(attention)
-    weights = {(layer.weight.dtype, layer.bias is None) for layer in layers}
-    return packable.issuperset(layers) and len(weights) == 1
+    if not candidates.issuperset(layers):
+        return False
+    return len({(layer.weight.dtype, layer.bias is None) for layer in layers}) == 1
 
 
 def _quantize(model: PreTrainedModel, weights: str) -> None:

@@ -115,8 +115,8 @@ class Packed:
         rough: Rough | None = None,
     ) -> None:
         if packed is None:
-            whole = weights[0].detach() if len(weights) == 1 else torch.cat(weights).detach()
-            packed = torch.ops.mkldnn._reorder_linear_weight(whole, None)
+            whole = weights[0] if len(weights) == 1 else torch.cat(weights)  # which copies
+            packed = torch.ops.mkldnn._reorder_linear_weight(whole.detach(), None)
         self.weight: torch.Tensor = packed
         self.rough = rough
         self._originals = tuple(map(weakref.ref, weights))
@@ -131,11 +131,12 @@ class Packed:
             and self.is_of(weights)
         )
 
-    def is_of(self, weights: tuple[torch.Tensor, ...]) -> bool:
+    def is_of(self, weights: tuple[torch.Tensor | None, ...]) -> bool:
         """Whether `weights` are what was packed, and unchanged."""
         packed = zip(self._originals, self._states, self._samples, strict=True)
         return all(
-            original() is weight
+            weight is not None
+            and original() is weight
             and state == _state(weight)
             and torch.equal(sample, _sample(weight))
             for weight, (original, state, sample) in zip(weights, packed, strict=True)

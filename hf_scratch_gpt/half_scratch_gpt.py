@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.backends import mkldnn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -101,6 +100,7 @@ def _is_plainly_causal(
         and not dropout
         and all(kwargs.get(name) is None for name in OF_SDPA)
         and torch.is_grad_enabled()
+        and torch.backends.cuda.flash_sdp_enabled()  # this CPU's as well
         and is_plain(query)
     )
 
@@ -122,7 +122,6 @@ class _CausalAttention(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, key and value, made of that of what was gathered."""
         *inputs, sums = ctx.saved_tensors

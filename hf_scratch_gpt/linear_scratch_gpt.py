@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
 from .onednn_scratch_gpt import adds_bias_apart, by_onednn, is_onednn_ahead, without_onednn
 from .own_product_scratch_gpt import has_own_product, own_product
-from .plain_scratch_gpt import is_plain_inference
+from .plain_scratch_gpt import fit, is_plain_inference
 
 _PIECE = 2**20  # numbers of a matrix that are turned into float32 at a time; a cache holds them
 _FEW = 3  # vectors that half precision multiplies as fast as float32, which is more to write
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The product of `x` (..., C) and `weight` (D, C), (..., D), plus `bias`."""
-    if _is_torch_ahead(x) or not _fit(x, weight, bias):
+    if _is_torch_ahead(x) or not fit(x, weight, bias):
         return F.linear(x, weight, bias)
     if is_plain_inference(x, weight):
         if torch.compiler.is_compiling():
@@ -68,22 +68,6 @@ def _is_torch_ahead(x: torch.Tensor) -> bool:
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
-    )
-
-
-def _fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether these are a CPU's and go together; with others torch knows better what to do."""
-    return (
-        x.is_cpu
-        and weight.is_cpu
-        and weight.layout == torch.strided
-        and weight.ndim == 2
-        and not x.is_nested
-        and x.shape[-1:] == weight.shape[-1:]
-        and (
-            bias is None
-            or (bias.is_cpu and bias.dtype == weight.dtype and bias.shape == weight.shape[:1])
-        )
     )
 
 

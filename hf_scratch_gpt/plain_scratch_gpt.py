@@ -6,6 +6,25 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
+def fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `x` (..., C), `weight` (D, C) and `bias` (D,) are a CPU's and go together.
+
+    With others torch knows better what to do.
+    """
+    return (
+        x.is_cpu
+        and weight.is_cpu
+        and weight.layout == torch.strided
+        and weight.ndim == 2
+        and not x.is_nested
+        and x.shape[-1:] == weight.shape[-1:]
+        and (
+            bias is None
+            or (bias.is_cpu and bias.dtype == weight.dtype and bias.shape == weight.shape[:1])
+        )
+    )
+
+
 def is_plain_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether no gradient, no tracing, no other type of tensor and no cast is in the way."""
     return (

@@ -17,8 +17,13 @@ from hf_scratch_gpt import (
     optimize_for_generation,
 )
 from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
-from hf_scratch_gpt.fast_blocks import ATTENTION, PackedAttention, PackedFeedForward
-from hf_scratch_gpt.fast_linear import PackedLinear
+from hf_scratch_gpt.fast_blocks import (
+    ATTENTION,
+    PackedAttention,
+    PackedFeedForward,
+    projections,
+)
+from hf_scratch_gpt.fast_linear import Packed, PackedLinear
 from hf_scratch_gpt.half_scratch_gpt import is_slow
 
 from .models import random_ids, random_model
@@ -191,18 +196,77 @@ def test_copies_share_packed_attention():
     copied, x = copy.deepcopy(attention), torch.randn(2, 7, 48)
     assert copied.packed.weight is attention.packed.weight
     assert torch.equal(copied(x)[0], attention(x)[0])
+    assert copied.packed.is_of(tuple(layer.weight for layer in projections(copied)))
     copied.k_proj.weight.zero_()
     assert not torch.equal(copied(x)[0], attention(x)[0])
-    assert not copy.deepcopy(copied).packed.is_of((copied.q_proj.weight,) * 3)
+    again = copy.deepcopy(copied)
+    assert not again.packed.is_of(tuple(layer.weight for layer in projections(again)))
+    copied.q_proj = torch.nn.Identity()
+    assert type(copy.deepcopy(copied).q_proj) is torch.nn.Identity
 
 
-def test_packed_attention_learns():
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_attention_learns(training):
     attention, exact = packed_attention()
     x = torch.randn(2, 7, 48)
     for each, given in ((attention, x), (exact, x.double())):
-        each.train()(given)[0].square().sum().backward()
+        each.train(training)(given)[0].square().sum().backward()
     for own, expected in zip(attention.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(own.grad.double(), expected.grad, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_packed_attention_drops():
+    """In training mode the weights of attention, and the last module always does as it likes."""
+    attention, _ = packed_attention()
+    x = torch.randn(2, 7, 48)
+    expected = attention(x)[0]
+    attention.dropout = torch.nn.Dropout(0.5)
+    assert (attention(x)[0] == 0).any()
+    attention.dropout.register_forward_hook(lambda module, args, output: 3 * args[0])
+    torch.testing.assert_close(attention(x)[0], 3 * expected)
+    attention.dropout = torch.nn.Identity()
+    attention.attention_dropout = 0.5
+    assert torch.equal(attention(x)[0], expected)
+    assert not torch.allclose(attention.train()(x)[0], expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_packed_attention_in_bfloat16():
+    if is_slow(torch.bfloat16):
+        pytest.skip("this CPU has no instructions for bfloat16, and oneDNN packs nothing")
+    _, exact = packed_attention()
+    attention, x = copy.deepcopy(exact).bfloat16(), torch.randn(2, 7, 48).bfloat16()
+    PackedAttention.take_over(attention)
+    expected = exact(x.double())[0]
+    assert (attention(x)[0].double() - expected).norm() < 0.02 * expected.norm()
+
+
+@torch.no_grad()
+def test_packed_attention_of_fewer_heads():
+    """As where heads of keys and values are shared by several of the queries'."""
+    attention, exact = packed_attention()
+    for each in (attention, exact):
+        each.num_key_value_groups = 2
+        for layer in (each.k_proj, each.v_proj):
+            layer.weight = torch.nn.Parameter(layer.weight[:24])
+            layer.bias = torch.nn.Parameter(layer.bias[:24])
+    attention.packed = Packed(tuple(layer.weight for layer in projections(attention)))
+    x = torch.randn(2, 7, 48)
+    torch.testing.assert_close(attention(x)[0].double(), exact(x.double())[0], atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_of_others_are_not_packed():
+    model = random_model(ScratchGPTForCausalLM).eval()
+    ids = random_ids(2, 9)
+    first, second, _ = (block.self_attn for block in model.model.layers)
+    first.k_proj = torch.nn.Sequential(first.k_proj)
+    second.q_proj.bias = None
+    expected = model(ids).logits
+    model = optimize_for_generation(model)
+    assert {type(each).__name__ for each in (first, second)} == {"MultiHeadAttention"}
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

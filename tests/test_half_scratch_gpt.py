@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from hf_scratch_gpt import MultiHeadAttention, ScratchGPTForCausalLM, half_scratch_gpt
@@ -24,8 +25,14 @@ def gradients(model, dtype, mask=None):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", ["autocast", torch.bfloat16], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
-def test_gradients(attention, dtype, padded):
-    model = random_model(ScratchGPTForCausalLM, attn_implementation=attention, drop_rate=0.0)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gradients(attention, dtype, padded, scaled):
+    model = random_model(
+        ScratchGPTForCausalLM,
+        attn_implementation=attention,
+        drop_rate=0.0,
+        scale_attn_weights=scaled,
+    )
     model.train()
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[0, :5] = 0
@@ -106,6 +113,18 @@ def test_attention_keeps_half_precision():
     of_heads = [x for x in kept if x.shape == (2, 4, 20, 8)]
     assert len(of_heads) == 3 * 4  # query, key, value and what is gathered
     assert {x.dtype for x in of_heads} == {torch.bfloat16}
+
+
+def test_attention_can_be_differentiated_twice_where_torchs_can():
+    attention = MultiHeadAttention(tiny_config(attn_implementation="sdpa"), 0).eval().bfloat16()
+    x = torch.randn(2, 9, 32).bfloat16().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        (slope,) = torch.autograd.grad(attention(x)[0].sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    assert x.grad.norm() > 0
+    (slope,) = torch.autograd.grad(attention(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        slope.square().sum().backward()
 
 
 def test_attention_of_fewer_queries_than_keys():

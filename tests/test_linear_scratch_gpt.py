@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_scratch_gpt import FeedForward
 from hf_scratch_gpt.linear_scratch_gpt import Linear, linear
+from hf_scratch_gpt.onednn_scratch_gpt import by_onednn
 from hf_scratch_gpt.own_product_scratch_gpt import own_product
 
 from .models import tiny_config
@@ -109,7 +110,8 @@ def test_it_starts_as_torchs_and_draws_nothing_without_numbers(monkeypatch):
         layer()
 
 
-def test_gradients_are_torchs():
+def test_gradients_are_torchs(monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.onednn_scratch_gpt._IS_AHEAD", False)
     linear, x = layer(), torch.randn(2, 48, requires_grad=True)
     linear(x).square().sum().backward()
     own = x.grad, linear.weight.grad.clone(), linear.bias.grad.clone()
@@ -117,7 +119,7 @@ def test_gradients_are_torchs():
     linear.zero_grad()
     nn.functional.linear(x, linear.weight, linear.bias).square().sum().backward()
     for mine, torchs in zip(own, (x.grad, linear.weight.grad, linear.bias.grad), strict=True):
-        torch.testing.assert_close(mine, torchs, atol=1e-6, rtol=1e-5)
+        assert torch.equal(mine, torchs)
 
 
 @torch.no_grad()
@@ -243,12 +245,16 @@ def test_training_without_autocast(kind, gelu):
 @pytest.mark.parametrize("bias", [True, False])
 def test_training_in_float32(bias, is_ahead, monkeypatch):
     """Where oneDNN is ahead, it multiplies, and GELU's output is not kept."""
+    calls, kept = [], []
     monkeypatch.setattr("hf_scratch_gpt.onednn_scratch_gpt._IS_AHEAD", is_ahead)
+    monkeypatch.setattr(
+        "hf_scratch_gpt.own_product_scratch_gpt.by_onednn",
+        lambda *args: calls.append(1) or by_onednn(*args),
+    )
     block = FeedForward(tiny_config(hidden_dropout=0.0)).train()
     if not bias:
         block.down_proj.bias = None
     x = torch.randn(2, 9, 32, requires_grad=True)
-    kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = block(x)
     y.square().sum().backward()
@@ -260,6 +266,22 @@ def test_training_in_float32(bias, is_ahead, monkeypatch):
         torch.testing.assert_close(own.grad.double(), expected.grad, atol=1e-6, rtol=1e-5)
     inner = {t.data_ptr() for t in kept if t.shape[-1] == 4 * 32 and t.numel() == 18 * 4 * 32}
     assert len(inner) == (1 if is_ahead else 2)
+    assert len(calls) == (2 if is_ahead else 0)
+
+
+@pytest.mark.parametrize("broken", ["bias of one", "sparse weight"])
+def test_training_with_what_torch_alone_can_do(broken, monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.onednn_scratch_gpt._IS_AHEAD", True)
+    block = FeedForward(tiny_config(hidden_dropout=0.0)).train()
+    x, down = torch.randn(2, 9, 32), block.down_proj
+    inner = nn.functional.gelu(block.up_proj(x), approximate="tanh")
+    if broken == "bias of one":
+        down.bias = nn.Parameter(torch.randn(1))
+        expected = inner @ down.weight.T + down.bias
+    else:
+        expected = inner @ down.weight.T + down.bias
+        down.weight = nn.Parameter(down.weight.detach().to_sparse(), requires_grad=False)
+    torch.testing.assert_close(block(x), expected, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

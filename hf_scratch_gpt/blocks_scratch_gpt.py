@@ -127,7 +127,7 @@ class FeedForward(nn.Module):
             and type(self.down_proj) is Linear
             and not (is_changed(self.activation) or is_changed(self.down_proj))
             and fit(inner, self.down_proj.weight, self.down_proj.bias)
-            and has_own_product(inner, self.down_proj.weight)
+            and has_own_product(inner, self.down_proj.weight, after_gelu=True)
         )
 
 

@@ -152,8 +152,9 @@ class _LossOfPieces(torch.autograd.Function):
 
 def _multiply(hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -> None:
     """Put the product of `hidden` (n, C) and `weight` (V, C) into `logits` (n, V)."""
-    is_compiled = torch.compiler.is_compiling()
-    if is_compiled or not (is_onednn_ahead(hidden) and is_plain(weight)):
+    is_large = len(weight) > _WORDS  # else oneDNN's copy would be of all
+    is_better = is_large and is_onednn_ahead(hidden) and is_plain(weight)
+    if torch.compiler.is_compiling() or not is_better:
         torch.mm(hidden, weight.T, out=logits)
         return
     for words, of_words in zip(weight.split(_WORDS), logits.split(_WORDS, dim=1), strict=True):

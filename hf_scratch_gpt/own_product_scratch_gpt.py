@@ -14,18 +14,19 @@ from .plain_scratch_gpt import is_plain
 _ROWS = 2**11 if HAS_MATRIX_UNIT else 2**9  # rows that GELU is applied to at a time
 
 
-def has_own_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def has_own_product(x: torch.Tensor, weight: torch.Tensor, after_gelu: bool = False) -> bool:
     """Whether `own_product` is better than torch's, and nothing is in the way.
 
     It is for training on a CPU: under autocast, where the CPU has no instructions for the half
-    precision that would be multiplied, and in float32 where oneDNN is ahead.
+    precision that would be multiplied, and in float32 after GELU or where oneDNN is ahead.
     """
     is_autocast, is_training = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
     dtype = torch.get_autocast_dtype("cpu") if is_autocast else weight.dtype
     if is_autocast:
         is_better = weight.dtype == torch.float32 and (is_training or is_slow(dtype))
     else:
-        is_better = is_training and (is_slow(dtype) or is_onednn_ahead(x))
+        keeps_less = after_gelu and x.dtype == torch.float32
+        is_better = is_training and (keeps_less or is_slow(dtype) or is_onednn_ahead(x))
     return (
         x.is_cpu
         and is_better
@@ -90,7 +91,7 @@ class _OwnProduct(torch.autograd.Function):
                 activated = rows if gelu is None else apply_gelu(rows, gelu)
                 products.append(_multiply(activated.to(dtype), weight, bias).to(x.dtype))
         result = products[0] if len(products) == 1 else torch.cat(products)
-        return result.view(*x.shape[:-1], len(weight))
+        return _not_a_view(result, (*x.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -119,8 +120,15 @@ class _OwnProduct(torch.autograd.Function):
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The product of `x` (..., C) and `weight` (D, C), plus `bias`, without a gradient."""
     if is_onednn_ahead(x) or (bias is not None and adds_bias_apart(x)):
-        return by_onednn(x, weight, bias)
+        product = by_onednn(x, weight, bias)
+        return _not_a_view(product, product.shape)
     return F.linear(x, weight, bias)
+
+
+def _not_a_view(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """`x` in another shape, as a tensor by itself: what is a view, FSDP warns of."""
+    result: torch.Tensor = torch.ops.aten._unsafe_view(x, shape)
+    return result
 
 
 _Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]

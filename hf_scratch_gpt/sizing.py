@@ -273,7 +273,7 @@ def _tensors_of_a_step(
         "feed_forward": {
             "input of the activation": inner,
             "factors of the activation": 0 if fused else factors * inner,
-            "output of the activation": inner,
+            "output of the activation": 0 if fused and factors else inner,  # computed anew
             "mask of dropout": mask,
         },
         "ends": {"mask of dropout": hidden if config.embedding_dropout > 0 else 0},

@@ -226,7 +226,11 @@ SIZES = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=4, vocab_s
     ],
     ids=str,
 )
-def test_memory_of_a_step_is_that_of_the_tensors_alive(fields, attention, checkpointing, length):
+def test_memory_of_a_step_is_that_of_the_tensors_alive(
+    fields, attention, checkpointing, length, monkeypatch
+):
+    # As a model trains where nobody watches.
+    monkeypatch.setattr("hf_scratch_gpt.plain_scratch_gpt.is_in_torch_dispatch_mode", lambda: False)
     config = ScratchGPTConfig(**{**SIZES, **fields})
     with LiveBytes() as live:
         train(config, 4, length, attention, checkpointing)

@@ -194,7 +194,8 @@ class LastBlock(TransformerBlock):
         attention = self.self_attn
         query = attention.q_proj(hidden_states[:, -1:])
         key, value = attention.k_proj(hidden_states), attention.v_proj(hidden_states)
-        return _attend(attention, query, key, value, attention_mask, **kwargs)[0]
+        gathered, _ = _attend(attention, query, key, value, attention_mask, **kwargs)
+        return attention.dropout(gathered)
 
 
 def _bands_or_sdpa(

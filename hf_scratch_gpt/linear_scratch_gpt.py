@@ -25,8 +25,9 @@ class Linear(nn.Linear):
     where others read it as it lies, up to twice as fast; and compiled code calls the same slow
     products, where the sum written out becomes a loop that reads as fast as memory gives.
 
-    Half precision that the CPU has no instructions for is multiplied in float32. Training, under
-    autocast or where oneDNN is ahead, keeps less for the backward pass: see `own_product`.
+    Half precision that the CPU has no instructions for is multiplied in float32. Training under
+    autocast keeps less for the backward pass, and in float32 is multiplied by oneDNN where that is
+    ahead: see `own_product`.
     """
 
     def reset_parameters(self) -> None:

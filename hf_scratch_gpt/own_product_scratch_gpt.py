@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow, multiplied_as
 from .onednn_scratch_gpt import adds_bias_apart, apply_gelu, by_onednn, is_onednn_ahead
-from .plain_scratch_gpt import is_plain
+from .plain_scratch_gpt import is_plain, is_transformed
 
 _ROWS = 2**11 if HAS_MATRIX_UNIT else 2**9  # rows that GELU is applied to at a time
 
@@ -25,7 +25,7 @@ def has_own_product(x: torch.Tensor, weight: torch.Tensor, after_gelu: bool = Fa
     if is_autocast:
         is_better = weight.dtype == torch.float32 and (is_training or is_slow(dtype))
     else:
-        keeps_less = after_gelu and x.dtype == torch.float32
+        keeps_less = after_gelu and weight.requires_grad and x.dtype == torch.float32
         is_better = is_training and (keeps_less or is_slow(dtype) or is_onednn_ahead(x))
     return (
         x.is_cpu
@@ -98,7 +98,7 @@ class _OwnProduct(torch.autograd.Function):
         """Gradients of the arguments of `forward`, made of the product's, `grad` (..., D)."""
         x, weight = ctx.saved_tensors
         # Gradients of gradients, and of several losses at once, take operators that torch knows.
-        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad) or is_transformed()
         in_place = not (torch.is_grad_enabled() or is_batched)
         gradients = _wide_gradients if in_place and is_slow(grad.dtype) else _gradients
         rows = None if x is None else x.reshape(-1, x.shape[-1])
@@ -119,14 +119,16 @@ class _OwnProduct(torch.autograd.Function):
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The product of `x` (..., C) and `weight` (D, C), plus `bias`, without a gradient."""
-    if is_onednn_ahead(x) or (bias is not None and adds_bias_apart(x)):
-        product = by_onednn(x, weight, bias)
-        return _not_a_view(product, product.shape)
-    return F.linear(x, weight, bias)
+    is_better = is_onednn_ahead(x) or (bias is not None and adds_bias_apart(x))
+    product = (by_onednn if is_better else F.linear)(x, weight, bias)
+    return _not_a_view(product, product.shape)
 
 
 def _not_a_view(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """`x` in another shape, as a tensor by itself: what is a view, FSDP warns of."""
+    """`x`, new memory, in another shape, as a tensor by itself.
+
+    A view that such a function returns cannot be changed in place, and FSDP warns of it.
+    """
     result: torch.Tensor = torch.ops.aten._unsafe_view(x, shape)
     return result
 

@@ -1,4 +1,4 @@
-"""Whether hooks, tracing, gradients or other kinds of tensors are in the way of a shortcut."""
+"""Whether hooks, tracing, gradients or odd shapes and tensors are in the way of a shortcut."""
 
 import torch
 from torch import nn

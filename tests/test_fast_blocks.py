@@ -238,6 +238,7 @@ def test_packed_attention_in_bfloat16():
     _, exact = packed_attention()
     attention, x = copy.deepcopy(exact).bfloat16(), torch.randn(2, 7, 48).bfloat16()
     PackedAttention.take_over(attention)
+    assert attention._is_packed_for(x, projections(attention))
     expected = exact(x.double())[0]
     assert (attention(x)[0].double() - expected).norm() < 0.02 * expected.norm()
 
@@ -253,6 +254,7 @@ def test_packed_attention_of_fewer_heads():
             layer.bias = torch.nn.Parameter(layer.bias[:24])
     attention.packed = Packed(tuple(layer.weight for layer in projections(attention)))
     x = torch.randn(2, 7, 48)
+    assert attention._is_packed_for(x, projections(attention))
     torch.testing.assert_close(attention(x)[0].double(), exact(x.double())[0], atol=1e-6, rtol=1e-5)
 
 

@@ -23,8 +23,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02, "int8": 0.02}
 def weight_bytes(folder: Path, weights: str) -> int:
     """Bytes of all matrices, which one token reads; the positions and biases are left out.
 
-    Ours reads less of them where only the best token is asked for, in float32, so it may be ahead
-    of the limit.
+    Ours reads less of them where only the best token is asked for, unless all are in int8, so it
+    may be ahead of the limit.
     """
     with torch.device("meta"):
         model = ScratchGPTForCausalLM(ScratchGPTConfig.from_preset(folder.name))

@@ -4,7 +4,6 @@ Query, key and value are one product, GELU is computed where a product leaves it
 block computes no more than is asked for, and attention in bfloat16 has a way of its own.
 """
 
-import copy
 import math
 from typing import Any
 
@@ -102,15 +101,6 @@ class PackedAttention(MultiHeadAttention):
             and len({layer.bias is None for layer in layers}) == 1
             and self.packed.is_for(hidden_states, _weights(self))
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedAttention":
-        """A copy shares the packed weights, if they are still the weights'."""
-        made = self.__class__.__new__(self.__class__)
-        memo[id(self)] = made
-        made.__dict__ = copy.deepcopy(self.__dict__, memo)
-        if self.packed.is_of(_weights(self)):
-            made.packed = Packed(_weights(made), self.packed.weight)
-        return made
 
 
 def projections(attention: Any) -> tuple[Any, Any, Any]:

@@ -27,6 +27,7 @@ from .large_pages import move_to_large_pages
 from .one_token import ATTENTION, Memory, OneToken, best_word, can_compute, name_of
 from .plain_scratch_gpt import is_changed, is_plain
 from .products import compiled, fastest_way
+from .rough_head import keep_rough
 
 _BLOCK = "blocks_scratch_gpt.TransformerBlock"
 _ATTENTION = "blocks_scratch_gpt.MultiHeadAttention"
@@ -43,9 +44,9 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
 
     On a CPU, one text at a time is written by a step in C++, compiled here and now in two or three
     seconds; prompts, several texts at once and whatever else `generate` can do use weights packed
-    for oneDNN, which take as much memory again. Greedy search in float32 looks for the best token
-    in a copy of the head in bfloat16, and reads the head itself only where that leaves doubt. On a
-    GPU, transformers compiles its step into CUDA graphs at the first call, for each number of texts
+    for oneDNN, which take as much memory again. Greedy search looks for the best token in a copy of
+    the head in eight bits, and reads the head itself only where that leaves doubt. On a GPU,
+    transformers compiles its step into CUDA graphs at the first call, for each number of texts
     anew.
 
     The outputs are those of before, up to the order in which sums are rounded. Change weights, add
@@ -185,7 +186,7 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
             apart -= set(projections(block.self_attn))
     for layer in apart:
         PackedLinear.take_over(layer)
-    if isinstance(model.lm_head, PackedLinear) and (rough := model.lm_head.keep_rough()):
+    if model.lm_head in layers and (rough := keep_rough(model.lm_head)):
         move_to_large_pages([rough.weight])
     # torch's attention is ahead where the CPU has a matrix unit, or else no instructions at all.
     has_bands = model.dtype == torch.bfloat16 and not (is_slow(model.dtype) or HAS_MATRIX_UNIT)

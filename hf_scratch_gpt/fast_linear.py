@@ -4,7 +4,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,129 +21,29 @@ _ROWS, _PRODUCTS = 256, 2**22  # vectors, and numbers of theirs, made in integer
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class Rough(NamedTuple):
-    """A matrix in float32 as bfloat16 has it: to tell which rows of a product are the largest.
+class Original:
+    """A tensor that something else was made of, to tell whether it is still the same."""
 
-    See `best_word` in `one_token.cpp`.
-    """
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._state = _state(tensor)
+        self._sample = _sample(tensor).clone()
 
-    weight: torch.Tensor  # (D, C)
-    errors: torch.Tensor  # (D,): by how much a row's product with a vector of length 1 may be off
-    column: torch.Tensor  # (D,), the first of the matrix: to tell if a row is another's by now
-
-    def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether no row of `weight` has been replaced."""
-        return torch.equal(self.column, weight[:, 0])
-
-
-def _rough(weight: torch.Tensor) -> Rough | None:
-    """Made of `weight` (D, C); nothing if a number is infinite or none, or becomes so."""
-    columns = weight.shape[1]
-    rounded = weight.bfloat16()
-    rows = max(1, _PIECE // columns)
-    errors = []
-    for exact, rough in zip(weight.split(rows), rounded.split(rows), strict=True):
-        wide = exact.double()  # squares may be too small for float32
-        # Both sums, of `columns` terms, are rounded: by less than this much of their size.
-        of_sums = 2 * (columns + 16) * 2**-24 * wide.norm(dim=1)
-        errors.append((wide - rough).norm(dim=1) + of_sums)
-    # A little more, as it is rounded as well, and products may be too small for float32.
-    error = torch.cat(errors).float() * 1.001 + 1e-24
-    return Rough(rounded, error, weight[:, 0].clone()) if bool(error.isfinite().all()) else None
-
-
-class PackedLinear(nn.Linear):
-    """Keeps a copy of its weight in the order in which oneDNN reads it."""
-
-    packed: "Packed"
-
-    @property
-    def rough(self) -> Rough | None:
-        """A rough copy of the weight, if there is one and the weight is still the same."""
-        rough = self.packed.rough
-        if rough is None or self.bias is not None or not self.packed.is_of((self.weight,)):
-            return None
-        return rough if rough.is_of(self.weight) else None
-
-    def keep_rough(self) -> Rough | None:
-        """Make the rough copy, if the weight is in float32 and there is no bias."""
-        if self.weight.dtype == torch.float32 and self.bias is None:
-            self.packed.rough = _rough(self.weight.detach())
-        return self.packed.rough
-
-    @classmethod
-    def take_over(cls, layer: nn.Linear) -> None:
-        """Make `layer` one of these."""
-        packed = Packed((layer.weight,))
-        layer.__class__ = cls
-        layer.packed = packed  # type: ignore[assignment]
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.is_packed_for(input):
-            return by_onednn(input, self.packed.weight, self.bias)
-        return linear(input, self.weight, self.bias)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
-        """A copy shares the packed weight, if that is still the weight's."""
-        made = self.__class__.__new__(self.__class__)
-        memo[id(self)] = made
-        made.__dict__ = copy.deepcopy(self.__dict__, memo)
-        if self.packed.is_of((self.weight,)):
-            made.packed = Packed((made.weight,), self.packed.weight, self.packed.rough)
-        return made
-
-    def is_packed_for(self, input: torch.Tensor) -> bool:
-        """Whether the copy can be used: not if the weight has changed, or a gradient is wanted."""
-        return self.packed.is_for(input, (self.weight,))
-
-
-class Packed:
-    """Weights in oneDNN's order, one below the other; copies of a layer share them.
-
-    torch cannot copy them.
-
-    Args:
-        weights: (D, C) each, as linear layers hold them.
-        packed: what packing them gives, if it is known.
-        rough: a rough copy, if there is one.
-    """
-
-    def __init__(
-        self,
-        weights: tuple[torch.Tensor, ...],
-        packed: torch.Tensor | None = None,
-        rough: Rough | None = None,
-    ) -> None:
-        if packed is None:
-            whole = weights[0] if len(weights) == 1 else torch.cat(weights)  # which copies
-            packed = torch.ops.mkldnn._reorder_linear_weight(whole.detach(), None)
-        self.weight: torch.Tensor = packed
-        self.rough = rough
-        self._originals = tuple(map(weakref.ref, weights))
-        self._states = tuple(map(_state, weights))
-        self._samples = tuple(_sample(weight).clone() for weight in weights)
-
-    def is_for(self, x: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> bool:
-        """Whether these may be multiplied by `x` (..., C) in place of `weights`."""
+    def is_still(self, tensor: torch.Tensor | None) -> bool:
+        """Whether it is `tensor`, and unchanged."""
         return (
-            not torch.compiler.is_compiling()
-            and is_plain_inference(x, weights[0])
-            and self.is_of(weights)
+            tensor is not None
+            and self._tensor() is tensor
+            and self._state == _state(tensor)
+            and torch.equal(self._sample, _sample(tensor))
         )
 
-    def is_of(self, weights: tuple[torch.Tensor | None, ...]) -> bool:
-        """Whether `weights` are what was packed, and unchanged."""
-        packed = zip(self._originals, self._states, self._samples, strict=True)
-        return all(
-            weight is not None
-            and original() is weight
-            and state == _state(weight)
-            and torch.equal(sample, _sample(weight))
-            for weight, (original, state, sample) in zip(weights, packed, strict=True)
-        )
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Packed":
-        return self
+    def copied(self, memo: dict[int, Any]) -> "Original":
+        """The same of the tensor's copy in `copy.deepcopy`, whose `memo` it is."""
+        tensor = self._tensor()
+        if tensor is None or not self.is_still(tensor):
+            return self
+        return Original(copy.deepcopy(tensor, memo))
 
 
 def _state(weight: torch.Tensor) -> tuple[object, ...]:
@@ -158,6 +58,62 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
     rows, columns = (size // max(1, count) for size in weight.shape)
     step = rows * weight.stride(0) + columns * weight.stride(1)
     return weight.detach().as_strided((count,), (step,))
+
+
+class PackedLinear(nn.Linear):
+    """Keeps a copy of its weight in the order in which oneDNN reads it."""
+
+    packed: "Packed"
+
+    @classmethod
+    def take_over(cls, layer: nn.Linear) -> None:
+        """Make `layer` one of these."""
+        packed = Packed((layer.weight,))
+        layer.__class__ = cls
+        layer.packed = packed  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.is_packed_for(input):
+            return by_onednn(input, self.packed.weight, self.bias)
+        return linear(input, self.weight, self.bias)
+
+    def is_packed_for(self, input: torch.Tensor) -> bool:
+        """Whether the copy can be used: not if the weight has changed, or a gradient is wanted."""
+        return self.packed.is_for(input, (self.weight,))
+
+
+class Packed:
+    """Weights in oneDNN's order, one below the other; copies of a layer share them.
+
+    torch cannot copy them.
+
+    Args:
+        weights: (D, C) each, as linear layers hold them.
+    """
+
+    def __init__(self, weights: tuple[torch.Tensor, ...]) -> None:
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights)  # which copies
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(whole.detach(), None)
+        self._originals = tuple(map(Original, weights))
+
+    def is_for(self, x: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> bool:
+        """Whether these may be multiplied by `x` (..., C) in place of `weights`."""
+        return (
+            not torch.compiler.is_compiling()
+            and is_plain_inference(x, weights[0])
+            and self.is_of(weights)
+        )
+
+    def is_of(self, weights: tuple[torch.Tensor | None, ...]) -> bool:
+        """Whether `weights` are what was packed, and unchanged."""
+        pairs = zip(self._originals, weights, strict=True)
+        return all(original.is_still(weight) for original, weight in pairs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
+        made = self.__class__.__new__(self.__class__)
+        made.weight = self.weight
+        made._originals = tuple(original.copied(memo) for original in self._originals)
+        return made
 
 
 class Int8Linear(nn.Linear):

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "products.h"
@@ -35,13 +36,21 @@ struct Block {
   bool tanh;  // GELU's form
 };
 
+// The head in int8, less the mean of its rows; none to do without `best_word`, which says what the
+// rest is for.
+struct Rough {
+  Product product;
+  const float* errors;   // (V)
+  const float* lengths;  // (V)
+  int64_t most;
+};
+
 struct Model {
   const Block* blocks;
   int64_t layers;
   Norm norm;
   Product head;
-  Product rough_head;   // its weight in bfloat16; none to do without `best_word`
-  const float* errors;  // of each row of it; see `best_word`
+  Rough rough_head;
   int64_t heads;
   int64_t room;        // for so many tokens
   int64_t inner_size;  // of the feed-forward
@@ -166,26 +175,39 @@ void score_all(const Model& model, int64_t position, const float* embedded, floa
 }
 
 // The word that scores highest, of several the first, without reading all of the head; or -1 if
-// numbers are too small or too large for the bound below. `scores` (V) is memory to use.
+// that does not pay, or numbers are too small or too large for the bound below. `scores` (V) is
+// memory to use.
 //
-// The head in bfloat16 gives each score but for an error, which is at most the length of x times
-// that of the row's error (Cauchy-Schwarz inequality); `errors` has room for the rounding of sums.
-// A row that cannot reach what another one reaches for sure is done with. The few that are left are
-// multiplied in float32.
+// The rough head gives each score, less what is the same for all words, but for an error. That is
+// at most the length of x times that of the row's error, and the length of the row times that of
+// the error of x (Cauchy-Schwarz inequality); `errors` has room for the rounding of sums. A row that
+// cannot reach what another one reaches for sure is done with. The few that are left are multiplied
+// by the head itself; more than `most` do not pay.
+template <typename W, typename T>
 int64_t best_word(const Model& model, int64_t position, const float* embedded, float* scores,
                   int threads) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  const Rough& rough = model.rough_head;
   std::vector<float> lowers(threads, kLowest), best_scores(threads, kLowest);
-  std::vector<int64_t> best_rows(threads, -1);
+  std::vector<int64_t> best_rows(threads, -1), counts(threads, 0);
 
-  step<float, float>(model, position, embedded, threads, [&](const std::vector<float>& x) {
+  step<W, T>(model, position, embedded, threads, [&](const std::vector<float>& x) {
     const int thread = omp_get_thread_num();
-    double squares = 0;  // those of floats may be too small for a float
-    for (float number : x) squares += double(number) * number;
-    const float length = std::sqrt(squares) * 1.001;  // for what its rounding may lose
+    const Input<int8_t> integers(x);
+    double squares = 0, squares_off = 0;  // those of floats may be too small for a float
+    for (size_t i = 0; i < x.size(); i++) {
+      const double off = x[i] - integers.x[i] * double(integers.scale);
+      squares += double(x[i]) * x[i];
+      squares_off += off * off;
+    }
+    // A little more, for what their own rounding may lose.
+    const float length = std::sqrt(squares) * 1.001, off = std::sqrt(squares_off) * 1.001;
+    const auto error_of = [&](int64_t row) {
+      return length * rough.errors[row] + off * rough.lengths[row];
+    };
     float lower = kLowest;  // what some row of this thread's reaches for sure
-    multiply(model.rough_head, Input<BFloat16>(x), model.way, [&](int64_t row, float y) {
-      const float error = length * model.errors[row];
+    multiply(rough.product, integers, model.way, [&](int64_t row, float y) {
+      const float error = error_of(row);
       const bool has_room = length > 1e-8f && error < 1e30f;
       scores[row] = y;
       lower = std::max(lower, has_room ? y - error : -kLowest);
@@ -193,11 +215,15 @@ int64_t best_word(const Model& model, int64_t position, const float* embedded, f
     lowers[thread] = lower;
 #pragma omp barrier
     lower = *std::max_element(lowers.begin(), lowers.end());
-    if (!std::isfinite(lower)) return;
-    const Input<float> exact(x);
     const auto [start, end] = share_of(model.head);
+    const auto may_be_best = [&](int64_t row) { return scores[row] + error_of(row) >= lower; };
+    for (int64_t row = start; row < end; row++) counts[thread] += may_be_best(row);
+#pragma omp barrier
+    const int64_t count = std::accumulate(counts.begin(), counts.end(), int64_t(0));
+    if (!std::isfinite(lower) || count > rough.most) return;
+    const Input<W> exact(x);
     for (int64_t row = start; row < end; row++) {
-      if (scores[row] + length * model.errors[row] < lower) continue;
+      if (!may_be_best(row)) continue;
       float y;
       times(0, exact, model.head, row, 0, &y);
       if (y > best_scores[thread]) {
@@ -244,7 +270,12 @@ void step_int8_bfloat16(const Model* model, int64_t position, const float* embed
 
 int64_t best_word_float32(const Model* model, int64_t position, const float* embedded,
                           float* scores, int threads) {
-  return best_word(*model, position, embedded, scores, threads);
+  return best_word<float, float>(*model, position, embedded, scores, threads);
+}
+
+int64_t best_word_bfloat16(const Model* model, int64_t position, const float* embedded,
+                           float* scores, int threads) {
+  return best_word<BFloat16, BFloat16>(*model, position, embedded, scores, threads);
 }
 
 void multiply_float32(const Product* product, int64_t way, const float* x, float* y,

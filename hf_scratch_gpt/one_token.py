@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from .plain_scratch_gpt import is_changed, is_plain
 from .positions_scratch_gpt import raise_past_limit
 from .products import DTYPES, Product, address_of, compiled, product_of
+from .rough_head import Rough, rough_of
 
 ATTENTION = "bands_or_sdpa"  # what transformers is told to call that of `fast_blocks`
 # The modules whose mathematics the C++ knows. By name, as a model's own folder may have brought
@@ -134,8 +135,7 @@ class _Model(ctypes.Structure):
         ("layers", ctypes.c_int64),
         ("norm", _Norm),
         ("head", Product),
-        ("rough_head", Product),
-        ("errors", ctypes.c_void_p),
+        ("rough_head", Rough),
         ("heads", ctypes.c_int64),
         ("room", ctypes.c_int64),
         ("inner_size", ctypes.c_int64),
@@ -170,7 +170,8 @@ class OneToken:
             values[:, : self._length] = read.values[0]
 
         self._model = model
-        self._held: list[Any] = [memory]  # what the structures point to
+        rough = rough_of(model.lm_head)
+        self._held: list[Any] = [memory, rough]  # what the structures point to
         blocks = [
             self._block(block, memory.keys[layer], memory.values[layer])
             for layer, block in enumerate(model.model.layers)
@@ -180,17 +181,21 @@ class OneToken:
             layers=len(blocks),
             norm=_norm(model.model.norm, self._held),
             head=product_of(model.lm_head, self._held),
-            **self._rough_head(model.lm_head),
+            rough_head=Rough() if rough is None else rough.structure(),
             heads=model.config.num_attention_heads,
             room=model.config.max_position_embeddings,
             inner_size=model.config.intermediate_size,
             way=way,
         )
+        dtype = DTYPES[model.dtype]
         weights = "int8_" if model.lm_head.weight.dtype == torch.int8 else ""
-        self._step = compiled()[f"step_{weights}{DTYPES[model.dtype]}"]
+        self._step = compiled()[f"step_{weights}{dtype}"]
         self._step.restype = None
-        self._best_word = compiled().best_word_float32
+        self._best_word = compiled()[f"best_word_{dtype}"]
         self._best_word.restype = ctypes.c_int64
+        self._scores = None
+        if rough is not None:
+            self._scores = torch.empty(len(rough.weight), dtype=torch.float32, device="cpu")
 
     def logits_after(self, token: torch.Tensor) -> torch.Tensor:
         """Read `token` (1, 1); return the scores of the next one, (1, 1, V), in float32."""
@@ -206,7 +211,8 @@ class OneToken:
             if word >= 0:
                 self._length += 1
                 return torch.tensor([[word]], device="cpu")
-            # Of numbers beyond all measure; to read the token once more does no harm.
+            # To read the token once more does no harm. It will be so after the next, too.
+            self._scores = None
         return best_word(self.logits_after(token)[:, -1])
 
     def _read(self, token: torch.Tensor, step: Any, scores: torch.Tensor) -> int:
@@ -225,18 +231,6 @@ class OneToken:
             ctypes.c_int(torch.get_num_threads()),
         )
         return result
-
-    def _rough_head(self, head: Any) -> dict[str, Any]:
-        """The members of the structure that `best_after` needs, if `head` has a rough copy."""
-        rough = getattr(head, "rough", None)
-        if rough is None:
-            self._scores = None
-            return {}
-        self._held.append(rough)
-        rows, columns = rough.weight.shape
-        self._scores = torch.empty(rows, dtype=torch.float32, device="cpu")
-        weight, errors = rough.weight.data_ptr(), rough.errors.data_ptr()
-        return {"rough_head": Product(weight, None, None, rows, columns), "errors": errors}
 
     def _block(self, block: Any, keys: torch.Tensor, values: torch.Tensor) -> _Block:
         attention, mlp = block.self_attn, block.mlp

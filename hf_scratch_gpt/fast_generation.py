@@ -44,10 +44,10 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
 
     On a CPU, one text at a time is written by a step in C++, compiled here and now in two or three
     seconds; prompts, several texts at once and whatever else `generate` can do use weights packed
-    for oneDNN, which take as much memory again. Greedy search looks for the best token in a copy of
-    the head in eight bits, and reads the head itself only where that leaves doubt. On a GPU,
-    transformers compiles its step into CUDA graphs at the first call, for each number of texts
-    anew.
+    for oneDNN, which take as much memory again. Greedy search in float32 and bfloat16 looks for the
+    best token in a copy of the head in eight bits, and reads the head itself only where that leaves
+    doubt; not so a head with a bias. On a GPU, transformers compiles its step into CUDA graphs at
+    the first call, for each number of texts anew.
 
     The outputs are those of before, up to the order in which sums are rounded. Change weights, add
     adapters, choose data type and device before, not afterwards, and pickle nothing; a weight

@@ -77,7 +77,8 @@ inline float exponential(float x) {
   const float whole = std::nearbyint(x * 1.44269504f);                     // 1 / ln 2
   const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
   float sum = 1 / 720.0f;
-  for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) sum = sum * rest + factor;
+  for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f})
+    sum = sum * rest + factor;
   const int32_t bits = (int32_t(x == x ? whole : 0) + 127) * (1 << 23);  // of a NaN comes a NaN
   float power;
   std::memcpy(&power, &bits, sizeof power);
@@ -174,15 +175,45 @@ void score_all(const Model& model, int64_t position, const float* embedded, floa
   });
 }
 
-// The word that scores highest, of several the first, without reading all of the head; or -1 if
-// that does not pay, or numbers are too small or too large for the bound below. `scores` (V) is
-// memory to use.
+// How far off the scores of a rough head may be, of one vector x.
 //
 // The rough head gives each score, less what is the same for all words, but for an error. That is
-// at most the length of x times that of the row's error, and the length of the row times that of
-// the error of x (Cauchy-Schwarz inequality); `errors` has room for the rounding of sums. A row that
-// cannot reach what another one reaches for sure is done with. The few that are left are multiplied
-// by the head itself; more than `most` do not pay.
+// at most the length of x times that of the row's error, and the length of the rounded row times
+// that of the error of x (Cauchy-Schwarz inequality); `errors` has room for the rounding of sums.
+struct Bound {
+  const Rough& rough;
+  float length = 0, off = 0;  // of x, and of its error
+
+  Bound(const Rough& rough, const std::vector<float>& x, const Input<int8_t>& integers)
+      : rough(rough) {
+    double squares = 0, squares_off = 0;  // those of floats may be too small for a float
+    for (size_t i = 0; i < x.size(); i++) {
+      const double error = x[i] - integers.x[i] * double(integers.scale);
+      squares += double(x[i]) * x[i];
+      squares_off += error * error;
+    }
+    // A little more, for what their own rounding may lose.
+    length = std::sqrt(squares) * 1.001;
+    off = std::sqrt(squares_off) * 1.001;
+  }
+
+  float operator()(int64_t row) const {
+    return length * rough.errors[row] + off * rough.lengths[row];
+  }
+
+  // The least that a score may be; infinite if numbers are too small or too large to tell.
+  float lowest(int64_t row, float score) const {
+    const float error = (*this)(row);
+    const bool can_tell = length > 1e-8f && error < 1e30f && std::isfinite(score);
+    return can_tell ? score - error : std::numeric_limits<float>::infinity();
+  }
+};
+
+// The word that scores highest, of several the first, without reading all of the head; or -1 if
+// that does not pay, or the bound cannot tell. `scores` (V) is memory to use.
+//
+// A row that cannot reach what another one reaches for sure is done with. The few that are left are
+// multiplied by the head itself; more than `most` do not pay.
 template <typename W, typename T>
 int64_t best_word(const Model& model, int64_t position, const float* embedded, float* scores,
                   int threads) {
@@ -194,29 +225,17 @@ int64_t best_word(const Model& model, int64_t position, const float* embedded, f
   step<W, T>(model, position, embedded, threads, [&](const std::vector<float>& x) {
     const int thread = omp_get_thread_num();
     const Input<int8_t> integers(x);
-    double squares = 0, squares_off = 0;  // those of floats may be too small for a float
-    for (size_t i = 0; i < x.size(); i++) {
-      const double off = x[i] - integers.x[i] * double(integers.scale);
-      squares += double(x[i]) * x[i];
-      squares_off += off * off;
-    }
-    // A little more, for what their own rounding may lose.
-    const float length = std::sqrt(squares) * 1.001, off = std::sqrt(squares_off) * 1.001;
-    const auto error_of = [&](int64_t row) {
-      return length * rough.errors[row] + off * rough.lengths[row];
-    };
+    const Bound bound(rough, x, integers);
     float lower = kLowest;  // what some row of this thread's reaches for sure
     multiply(rough.product, integers, model.way, [&](int64_t row, float y) {
-      const float error = error_of(row);
-      const bool has_room = length > 1e-8f && error < 1e30f;
       scores[row] = y;
-      lower = std::max(lower, has_room ? y - error : -kLowest);
+      lower = std::max(lower, bound.lowest(row, y));
     });
     lowers[thread] = lower;
 #pragma omp barrier
     lower = *std::max_element(lowers.begin(), lowers.end());
+    const auto may_be_best = [&](int64_t row) { return scores[row] + bound(row) >= lower; };
     const auto [start, end] = share_of(model.head);
-    const auto may_be_best = [&](int64_t row) { return scores[row] + error_of(row) >= lower; };
     for (int64_t row = start; row < end; row++) counts[thread] += may_be_best(row);
 #pragma omp barrier
     const int64_t count = std::accumulate(counts.begin(), counts.end(), int64_t(0));

@@ -211,7 +211,7 @@ class OneToken:
             if word >= 0:
                 self._length += 1
                 return torch.tensor([[word]], device="cpu")
-            # To read the token once more does no harm. It will be so after the next, too.
+            # To read the token once more does no harm. The next ones would probably be as this one.
             self._scores = None
         return best_word(self.logits_after(token)[:, -1])
 

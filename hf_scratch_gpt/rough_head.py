@@ -17,7 +17,7 @@ from .products import DTYPES, Product
 
 _PIECE = 2**17  # numbers that are rounded at a time, which a cache holds
 _SMALLEST = 1e-30  # that a row's largest number counts as, at least
-_MOST = 1 / 4  # of the rows: to read more of them after all takes longer than the head alone
+_MOST = 1 / 4  # of the rows: if more of them are read after all, little is gained or nothing
 
 
 class Rough(ctypes.Structure):
@@ -45,8 +45,8 @@ class RoughHead:
         self._original = Original(weight)
         weight = weight.detach()
         self._column = weight[:, 0].clone()
-        mean = weight.mean(0, dtype=torch.float64)
         rows = weight.split(max(1, _PIECE // weight.shape[1]))
+        mean = torch.stack([some.double().sum(0) for some in rows]).sum(0) / len(weight)
         parts = zip(*(_rounded(some, mean) for some in rows), strict=True)
         self.weight, self.scale, self.errors, self.lengths = map(torch.cat, parts)
 
@@ -74,9 +74,10 @@ class RoughHead:
 def _rounded(
     weight: torch.Tensor, mean: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of `weight` (V, C) in int8 without their `mean` (C,), and of each, all (V,):
+    """Rows of `weight` (V, C) less the `mean` (C,), in int8, (V, C), with three numbers for each.
 
-    the scale, by how much its product with a vector of length 1 may be off, and its own length.
+    These are, (V,) each, the scale, by how much the product with a vector of length 1 may be off,
+    and the length of the rounded row.
     """
     exact = weight.double()  # squares may be too small for float32
     apart = exact - mean

@@ -165,7 +165,7 @@ def test_a_sum_that_overflows_on_its_way():
     model = make()
     head, norm = model.lm_head, model.model.norm
     norm.weight.zero_()
-    norm.bias.fill_(1e19)
+    norm.bias.fill_(1.1e19)
     head.weight.zero_()
     head.weight[3, :2] = torch.tensor([3.3e19, -3.3e19])
     head.weight[9, 0] = 1e19
@@ -193,14 +193,26 @@ def test_changed_weights_are_seen():
 
 
 @torch.no_grad()
+def test_a_copy_with_a_tied_head():
+    model = optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
+    copied, tokens = copy.deepcopy(model), random_ids(4)
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    before, whole = both(copied, tokens, is_used=True)
+    assert before == whole == both(model, tokens, is_used=True)[0]
+    copied.model.embed_tokens.weight.neg_()
+    assert rough_of(copied.lm_head) is None
+    assert rough_of(model.lm_head) is not None
+
+
+@torch.no_grad()
 def test_a_bias_and_another_row_that_come_later_are_seen():
     model, tokens = make(), random_ids(4)
     best = both(model, tokens)[1]
-    model.lm_head.weight.data[90] = 3 * model.lm_head.weight.data[best[0]]
+    model.lm_head.weight.data[91] = 3 * model.lm_head.weight.data[best[0]]
     assert rough_of(model.lm_head) is None
     quick, whole = both(model, tokens)
     assert quick == whole
-    assert whole[0] == 90
+    assert whole[0] == 91
     model = make()
     model.lm_head.bias = torch.nn.Parameter(1000 * torch.eye(97)[7])
     quick, whole = both(model, tokens)
@@ -242,15 +254,15 @@ def test_rows_rounded_as_far_as_can_be():
 
 @torch.no_grad()
 def test_a_vector_rounded_as_far_as_can_be():
-    """What it loses is all in one row, and that is best."""
+    """What it loses, one row would gain, and that is best; the other one loses it."""
     model, unit = make(), 1 / 32767  # of the integers that it becomes
     x = torch.full((32,), 0.499 * unit)
-    x[:2] = torch.tensor([1, 10 * unit])
+    x[:2] = torch.tensor([1, 29 * unit])
     model.model.norm.weight.zero_()
     model.model.norm.bias.copy_(x)
-    loses, keeps = torch.full((32,), 127.0), torch.zeros(32)
+    loses, gains = torch.full((2, 32), 127.0)
     loses[1] = 0
-    keeps[:2] = torch.tensor([127, 95])
-    as_rows(model, loses, keeps)
-    assert loses @ x > keeps @ x > loses @ (x / unit).round() * unit
+    gains[2:] = -127
+    as_rows(model, loses, gains)
+    assert (loses - gains) @ x > 0 > (loses - gains) @ (x / unit).round()
     assert both(model, random_ids(2), is_used=True) == ([5, 5], [5, 5])

@@ -18,6 +18,7 @@ from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
 from .half_scratch_gpt import attend_in_float32, is_slow_attention
@@ -208,11 +209,12 @@ class MultiHeadAttention(nn.Module):
         self.o_proj.is_residual_projection = True  # type: ignore[assignment]  # as `down_proj` is
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
@@ -221,8 +223,8 @@ class MultiHeadAttention(nn.Module):
             hidden_states: (B, T, C).
             attention_mask: as transformers makes it for the attention implementation; None for a
                 plain causal mask.
-            past_key_values: keys and values of earlier tokens; this block's are added to it.
-            kwargs: passed on to the attention function; continuous batching needs them there.
+            cache: keys and values of earlier tokens; this block's are added to it.
+            kwargs: passed on to the attention function.
 
         Returns:
             (B, T, C), and the attention weights (B, H, T, S) where the implementation computes
@@ -234,9 +236,10 @@ class MultiHeadAttention(nn.Module):
         query = self.q_proj(hidden_states).view(tokens_by_heads).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden_states).view(tokens_by_heads).transpose(1, 2)  # (B, H, T, D)
         value = self.v_proj(hidden_states).view(tokens_by_heads).transpose(1, 2)  # (B, H, T, D)
-        if past_key_values is not None:
-            # S: the earlier tokens and these T. Without a cache S is T.
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+        if cache is not None:
+            # S: the earlier tokens and these T. Without a cache S is T. Continuous batching's cache
+            # changes `kwargs`, to what the attention function needs of this layer.
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
 
         # Outside a model, nobody has chosen an implementation.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(

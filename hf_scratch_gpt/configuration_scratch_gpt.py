@@ -121,7 +121,7 @@ class ScratchGPTConfig(PretrainedConfig):
     """
 
     model_type = "scratch_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "n_vocab": "vocab_size",
         "n_embd": "hidden_size",

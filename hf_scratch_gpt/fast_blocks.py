@@ -1,7 +1,7 @@
 """Parts of a model that only generates, on a CPU.
 
-Query, key and value are one product, GELU is computed where a product leaves its numbers, the last
-block computes no more than is asked for, and attention in bfloat16 has a way of its own.
+Query, key and value are one product, GELU is computed where a product leaves its numbers, and
+attention in bfloat16 has a way of its own.
 """
 
 import math
@@ -13,11 +13,11 @@ from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .blocks_scratch_gpt import (
     FeedForward,
     MultiHeadAttention,
-    TransformerBlock,
     masked_attention,
 )
 from .fast_linear import Packed, PackedLinear
@@ -73,24 +73,23 @@ class PackedAttention(MultiHeadAttention):
         attention.__class__ = _subclass(cls, type(attention))
         attention.packed = packed  # type: ignore[assignment]
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend, as the class that this one replaces."""
         layers = projections(self)
         if not self._is_packed_for(hidden_states, layers):
-            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+            return super().forward(hidden_states, attention_mask, cache, **kwargs)
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat(biases)
         product = by_onednn(hidden_states, self.packed.weight, bias)
         query, key, value = product.split([len(layer.weight) for layer in layers], dim=-1)
-        gathered, weights = _attend(
-            self, query, key, value, attention_mask, past_key_values, **kwargs
-        )
+        gathered, weights = _attend(self, query, key, value, attention_mask, cache, **kwargs)
         return self.dropout(gathered), weights
 
     def _is_packed_for(self, hidden_states: torch.Tensor, layers: tuple[Any, ...]) -> bool:
@@ -119,7 +118,7 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `attention`, not in training, makes of its projections, (B, T, C) each.
@@ -131,8 +130,8 @@ def _attend(
         return projected.view(*projected.shape[:2], -1, attention.head_dim).transpose(1, 2)
 
     query, key, value = heads(query), heads(key), heads(value)  # (B, H, T, D)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, attention.layer_idx)  # (B, H, S, D)
+    if cache is not None:
+        key, value = cache.update(key, value, attention.layer_idx, kwargs=kwargs)  # (B, H, S, D)
     by = ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation or "eager", masked_attention
     )
@@ -147,45 +146,6 @@ def _attend(
         **kwargs,
     )
     return attention.o_proj(gathered.reshape(*gathered.shape[:2], -1)), weights
-
-
-class LastBlock(TransformerBlock):
-    """The last block, of which a prompt needs the last token only.
-
-    The others offer their keys and values; nobody looks at what they have gathered.
-    """
-
-    @classmethod
-    def take_over(cls, block: TransformerBlock) -> None:
-        """Make `block` one of these."""
-        block.__class__ = _subclass(cls, type(block))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        only_last_token: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Map `hidden_states` (B, T, C) to (B, T, C), or to (B, 1, C) with `only_last_token`."""
-        if not only_last_token:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, :, -1:]  # (B, 1, 1, S)
-        last = hidden_states[:, -1:]
-        gathered = self._attend_once(self.input_layernorm(hidden_states), attention_mask, **kwargs)
-        last = last + gathered
-        return last + self.mlp(self.post_attention_layernorm(last))
-
-    def _attend_once(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
-    ) -> torch.Tensor:
-        """What the last of `hidden_states` (B, T, C) gathers from all of them, (B, 1, C)."""
-        attention = self.self_attn
-        query = attention.q_proj(hidden_states[:, -1:])
-        key, value = attention.k_proj(hidden_states), attention.v_proj(hidden_states)
-        gathered, _ = _attend(attention, query, key, value, attention_mask, **kwargs)
-        return attention.dropout(gathered)
 
 
 def _bands_or_sdpa(

@@ -3,9 +3,7 @@
 What is special to a device or a number format is here, so that the model's own code stays plain.
 """
 
-import functools
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .fast_blocks import LastBlock, PackedAttention, PackedFeedForward, projections
+from .fast_blocks import PackedAttention, PackedFeedForward, projections
 from .fast_linear import Int8Linear, PackedLinear
 from .half_scratch_gpt import HAS_MATRIX_UNIT, is_slow
 from .large_pages import move_to_large_pages
@@ -101,56 +99,9 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
     members: dict[str, Any] = {"__module__": kind.__module__, "weight_format": weights}
     layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
     members["way"] = fastest_way(layers) if can_compute(model) else 0
-    if name_of(kind) == "modeling_scratch_gpt.ScratchGPTForCausalLM":
-        members["forward"] = _asking_for_less(kind.forward)
     # The same name, since it is saved with a model.
     model.__class__ = type(kind.__name__, (_FastGeneration, kind), members)
     return model
-
-
-def _asking_for_less(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of a language model that computes only what is needed to score the last token."""
-
-    @functools.wraps(forward)  # `generate` looks for the names of its arguments
-    def forward_of_less(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        if len(args) < 2 and _needs_last_token_only(self, inputs, **kwargs):
-            kwargs["only_last_token"] = True
-        return forward(self, *args, **kwargs)
-
-    return forward_of_less
-
-
-def _needs_last_token_only(
-    model: Any,
-    inputs: list[torch.Tensor | None],
-    logits_to_keep: int | torch.Tensor = 0,
-    attention_mask: Any = None,
-    past_key_values: Any = None,
-    labels: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> bool:
-    """Whether nothing but the scores of the last token is asked for or watched."""
-    if not isinstance(logits_to_keep, int) or logits_to_keep != 1 or labels is not None:
-        return False
-    layers, config = model.model.layers, model.config
-    last = layers[-1]
-    asked = ("output_hidden_states", "output_attentions")
-    return (
-        name_of(type(last)) == "fast_blocks.LastBlock"
-        # The others are told as well, and have to know what to do with it.
-        and all(name_of(type(layer)) == _BLOCK for layer in layers[:-1])
-        and not last.training
-        and name_of(type(last.self_attn)) == _ATTENTION
-        and not any(kwargs.get(name) or getattr(config, name) for name in asked)
-        and (past_key_values is None or type(past_key_values) is DynamicCache)
-        and (attention_mask is None or isinstance(attention_mask, torch.Tensor))
-        and config._attn_implementation in ("eager", "sdpa", ATTENTION)
-        and any(given is not None and given.shape[1] > 1 for given in inputs)
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not any(map(is_changed, (model.model, model.model.norm, *last.modules())))
-    )
 
 
 def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
@@ -174,13 +125,9 @@ def _replace_blocks(model: PreTrainedModel, weights: str | None) -> None:
             and name_of(type(module.activation)) == "blocks_scratch_gpt.GELU"
         ):
             PackedFeedForward.take_over(module)
-    last = model.model.layers[-1]
-    if name_of(type(last)) == _BLOCK and not is_changed(last):
-        LastBlock.take_over(last)
     move_to_large_pages(layer.weight for layer in layers)
     apart = {layer for layer in layers if layer.weight.dtype in packable}
     for block in model.model.layers:
-        # The last one's projections are not of the same tokens.
         if name_of(type(block)) == _BLOCK and _can_pack(block.self_attn, apart):
             PackedAttention.take_over(block.self_attn)
             apart -= set(projections(block.self_attn))
@@ -247,7 +194,7 @@ class _FastGeneration(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """The loop of greedy search and sampling; `generate` has prepared the arguments."""
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("cache")
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         in_order = torch.arange(input_ids.shape[1], device="cpu")[None]
         is_ordinary = (
@@ -273,7 +220,7 @@ class _FastGeneration(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        logits = self(input_ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = self(input_ids, cache=cache, logits_to_keep=1).logits
         memory = _borrow_memory(self)
         one_token = OneToken(self, memory, cache, self.way)
 

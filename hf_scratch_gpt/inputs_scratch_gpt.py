@@ -2,31 +2,76 @@
 
 # B batch, T query tokens, C hidden
 
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from transformers import Cache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
+from transformers.utils import TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
 from .plain_scratch_gpt import is_transformed
 
+# What hosts hand to every model: transformers' own arguments, those of its continuous batching, and
+# the attention layers that vLLM brings. (A loop over its keys is what torch.compile can trace.)
+_FROM_HOSTS = frozenset(
+    [
+        *TransformersKwargs.__annotations__,
+        *PagedAttentionArgs.__annotations__,
+        "attention_instances",
+    ]
+)
+_OF_LOSS = frozenset(["num_items_in_batch", "ignore_index", "shift_labels"])
+_OF_HEADS = frozenset(["labels", "logits_to_keep", "start_positions", "end_positions"])
+# What the attention block passes by itself.
+_OF_ATTENTION = frozenset(
+    ["module", "query", "key", "value", "attention_mask", "scaling", "dropout"]
+)
 
-def check_inputs(
-    inputs: torch.Tensor, past_key_values: object, vocab_size: int, hidden_size: int
+
+def check_keywords(
+    given: Mapping[str, Any], forward: Callable[..., Any], attend: Callable[..., Any]
 ) -> None:
+    """Raise a TypeError that names a keyword argument which nobody would read.
+
+    Args:
+        given: what `forward` took as `**kwargs`.
+        forward: a model's; its own arguments are offered in the error.
+        attend: the attention function, which may declare arguments of its own.
+    """
+    unknown = [name for name in given if name not in _FROM_HOSTS and name not in _OF_LOSS]
+    if not unknown:
+        return
+    declared = set(inspect.signature(attend).parameters) - _OF_ATTENTION
+    for name in unknown:
+        if name not in declared:
+            known = {*inspect.signature(forward).parameters, *declared, *_FROM_HOSTS, *_OF_LOSS}
+            known -= {"self", "args", "kwargs"}
+            known |= _OF_HEADS | {"past_key_values"}  # which `deprecate_kwarg` takes for `cache`
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise TypeError(
+                f"forward() does not know the keyword argument {name!r}; the nearest that it knows "
+                f"is {nearest!r}"
+            )
+
+
+def check_inputs(inputs: torch.Tensor, cache: object, vocab_size: int, hidden_size: int) -> None:
     """Raise a ValueError unless these can be read.
 
     Ids are looked at on a CPU alone: on a GPU, to look at a number is to wait for it.
 
     Args:
         inputs: ids (B, T), from 0 to `vocab_size` - 1, or vectors (B, T, C).
-        past_key_values: a `Cache` or None.
+        cache: a `Cache`, the one of continuous batching, or None.
         vocab_size: how many ids there are.
         hidden_size: C.
     """
-    if not (past_key_values is None or isinstance(past_key_values, Cache)):
-        raise ValueError(
-            f"past_key_values is a {type(past_key_values).__name__}; give a Cache, such as "
-            "DynamicCache()"
-        )
+    if not (cache is None or isinstance(cache, (Cache, PagedAttentionCache))):
+        raise ValueError(f"cache is a {type(cache).__name__}; give a Cache, such as DynamicCache()")
     if is_tracing(inputs) or is_transformed():
         return  # there are no values to look at
     shape = list(inputs.shape)

@@ -6,6 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+# First: it says in one line what is wrong where an import below would fail.
+from .host_scratch_gpt import check_transformers  # noqa: F401
+
+# isort: split
+
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -18,14 +23,15 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock
+from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock, masked_attention
 from .configuration_scratch_gpt import ScratchGPTConfig
-from .inputs_scratch_gpt import check_inputs
+from .inputs_scratch_gpt import check_inputs, check_keywords
 from .linear_scratch_gpt import Linear
 from .loss_scratch_gpt import chunked_causal_loss
 from .plain_scratch_gpt import is_changed, is_transformed
@@ -48,7 +54,6 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -71,7 +76,6 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         config.check()  # fields may have been set since it was made
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # Each block adds twice to the shortcut path; the smaller start keeps the sum's variance
@@ -144,6 +148,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -151,7 +156,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -165,11 +170,13 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             position_ids: (B, T) or (1, T), each token's position. Without them, positions count the
                 tokens that `attention_mask` shows. Counting anew within a row packs several texts
                 into it, where there is neither an `attention_mask` nor a cache.
-            past_key_values: keys and values of earlier tokens, extended in place.
+            cache: keys and values of earlier tokens, extended in place.
             inputs_embeds: (B, T, C), vectors to use in place of the token embedding's.
-            use_cache: return `past_key_values`.
-            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`; the rest reaches the
-                attention function.
+            use_cache: return `cache`.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. Beyond these, what
+                transformers hands to every model (`TransformersKwargs`, `PagedAttentionArgs`) and
+                what the attention function or the loss declares is passed on to them; any other
+                name is an error.
 
         Returns:
             `last_hidden_state` (B, T, C), and what was asked for besides.
@@ -177,25 +184,31 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         Raises:
             ValueError: a position is past the last one; both or neither of `input_ids` and
                 `inputs_embeds` are given; `attention_mask` is too short; see `check_inputs`.
+            TypeError: nobody knows a keyword argument; see `check_keywords`.
         """
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, masked_attention
+        )
+        check_keywords(kwargs, self.forward, attend)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         # An embedding that was put in place of the first one may know more tokens.
         vocab_size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
-        check_inputs(inputs, past_key_values, vocab_size, self.config.hidden_size)
+        check_inputs(inputs, cache, vocab_size, self.config.hidden_size)
         # The mask is made from the cache that was given: only without one may texts be packed.
-        earlier = past_key_values
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        earlier = cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         first_layer = self._first_layer()
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first_layer)
+        # The cache of continuous batching holds many texts; it comes with positions.
+        past_length = cache.get_seq_length(first_layer) if isinstance(cache, Cache) else 0
         is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
         padding_mask = attention_mask if is_padding_mask else None
         check_length(
             self.config.max_position_embeddings,
             inputs,
-            past_key_values,
+            cache,
             past_length,
             padding_mask,
             position_ids,
@@ -207,7 +220,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=earlier,
+            cache=earlier,
             position_ids=position_ids,
             layer_idx=first_layer,
         )
@@ -224,13 +237,13 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 causal_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_ids=position_ids,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            cache=cache,
         )
 
     def _first_layer(self) -> int:
@@ -256,13 +269,14 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -287,7 +301,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -305,7 +319,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

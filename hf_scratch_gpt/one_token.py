@@ -24,7 +24,6 @@ _KNOWN = {
     "blocks_scratch_gpt.LayerNorm",
     "blocks_scratch_gpt.GELU",
     "linear_scratch_gpt.Linear",
-    "fast_blocks.LastBlock",
     "fast_blocks.PackedAttention",
     "fast_blocks.PackedFeedForward",
     "fast_linear.PackedLinear",

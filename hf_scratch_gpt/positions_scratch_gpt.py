@@ -25,7 +25,7 @@ def positions_at(steps: torch.Tensor, padding_mask: torch.Tensor | None) -> torc
 def check_length(
     limit: int,
     inputs: torch.Tensor,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     past_length: int | torch.Tensor,
     padding_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -38,15 +38,15 @@ def check_length(
     Args:
         limit: number of positions the model knows.
         inputs: ids or vectors of the new tokens, (B, T) or (B, T, C).
-        past_key_values: the cache, of which `past_length` tokens are filled.
+        cache: the cache, of which `past_length` tokens are filled.
         padding_mask: (B, S), or None.
         position_ids: (B or 1, T), the positions if they are given.
     """
     total_length = past_length + inputs.shape[1]
     if is_tracing(inputs):
         # A trace knows sizes, but no values: neither positions nor how full a static cache is.
-        if isinstance(past_length, torch.Tensor) and past_key_values is not None:
-            capacity = past_key_values.get_max_length()
+        if isinstance(past_length, torch.Tensor) and cache is not None:
+            capacity = cache.get_max_length()
             if capacity > limit:
                 raise ValueError(
                     f"{capacity} tokens, for which the static cache has room, exceed the model's "

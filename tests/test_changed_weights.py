@@ -127,13 +127,11 @@ def test_a_layer_of_somebody_elses():
             super().__init__()
             self.block = block
 
-        def forward(
-            self, hidden_states, attention_mask=None, past_key_values=None, position_ids=None
-        ):
+        def forward(self, hidden_states, attention_mask=None, cache=None, position_ids=None):
             return self.block(
                 hidden_states,
                 attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_ids=position_ids,
             )
 

@@ -146,8 +146,8 @@ def test_packed_attention(bias, implementation, monkeypatch):
         ),
     )
     for piece in (x[:, :5], x[:, 5:6], x[:, 6:]):
-        own, own_weights = attention(piece, past_key_values=own_cache)
-        expected, weights = exact(piece.double(), past_key_values=exact_cache)
+        own, own_weights = attention(piece, cache=own_cache)
+        expected, weights = exact(piece.double(), cache=exact_cache)
         torch.testing.assert_close(own.double(), expected, atol=1e-6, rtol=1e-5)
         assert (own_weights is None) == (implementation == "sdpa")
         if own_weights is not None:

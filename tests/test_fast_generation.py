@@ -120,7 +120,7 @@ def test_a_cache_that_is_given_is_filled(models):
     ids = random_ids(1, 6)
     caches = [DynamicCache(config=model.config) for model in models]
     for model, cache in zip(models, caches, strict=True):
-        write(model, ids, do_sample=False, past_key_values=cache)
+        write(model, ids, do_sample=False, cache=cache)
     assert caches[1].get_seq_length() == caches[0].get_seq_length() > 6
     for before, after in zip(*(cache.layers for cache in caches), strict=True):
         torch.testing.assert_close(after.keys, before.keys, atol=1e-5, rtol=1e-5)

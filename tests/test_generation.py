@@ -121,11 +121,11 @@ def test_compiled_step_with_a_static_cache_equals_eager(pair):
     logits = {}
     for name, step in [("eager", model.forward), ("compiled", compiled)]:
         cache = StaticCache(config=model.config, max_cache_len=32)
-        output = model(ids, attention_mask=mask, past_key_values=cache)
+        output = model(ids, attention_mask=mask, cache=cache)
         tokens, pieces = output.logits[:, -1:].argmax(-1), []
         for length in range(13, 17):
             columns = torch.nn.functional.pad(mask, (0, length - 12), value=1)
-            output = step(tokens, attention_mask=columns, past_key_values=cache)
+            output = step(tokens, attention_mask=columns, cache=cache)
             tokens = output.logits[:, -1:].argmax(-1)
             pieces.append(output.logits)
         logits[name] = torch.cat(pieces, dim=1)

@@ -136,7 +136,7 @@ def test_attention_of_fewer_queries_than_keys():
         cache, of_pieces = DynamicCache(), []
         x = torch.randn(2, 9, 32).to(dtype).requires_grad_()
         for piece in (x[:, :6], x[:, 6:7], x[:, 7:8]):
-            of_pieces.append(attention(piece, past_key_values=cache)[0])
+            of_pieces.append(attention(piece, cache=cache)[0])
         of_pieces.append(attention(x, is_causal=False)[0])
         torch.cat(of_pieces, dim=1).double().square().sum().backward()
         results.append((*of_pieces, x.grad))

@@ -54,7 +54,7 @@ def logits_step_by_step(model, ids, mask):
     cache = DynamicCache(config=model.config)
     pieces = []
     for start, end in [(0, 9), (9, 10), (10, 12)]:
-        step = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+        step = model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache)
         pieces.append(step.logits)
     return torch.cat(pieces, dim=1)
 
@@ -291,9 +291,9 @@ class TestPastTheLastPosition:
         cache = DynamicCache(config=model.config)
         if static:
             cache = StaticCache(config=model.config, max_cache_len=POSITIONS + 8)
-        model(random_ids(1, POSITIONS), past_key_values=cache)
+        model(random_ids(1, POSITIONS), cache=cache)
         with pytest.raises(ValueError, match=self.message):
-            model(random_ids(1, 1), past_key_values=cache)
+            model(random_ids(1, 1), cache=cache)
 
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
     def test_generate(self, model, cache, logged_warnings):
@@ -312,8 +312,8 @@ class TestPastTheLastPosition:
         arguments = {}
         if static:
             cache = StaticCache(config=model.config, max_cache_len=POSITIONS + 1)
-            model(random_ids(1, 2), past_key_values=cache)
-            arguments["past_key_values"] = cache
+            model(random_ids(1, 2), cache=cache)
+            arguments["cache"] = cache
         message = rf"static cache has room, exceed.* {POSITIONS} " if static else self.message
         with pytest.raises(ValueError, match=message), torch.no_grad():
             compiled(random_ids(1, 1 if static else POSITIONS + 1), **arguments)
@@ -341,7 +341,7 @@ class TestPastTheLastPosition:
             (dict(input_ids=torch.tensor([1, 2])), r"input_ids has the shape \[2\]; give \(B, T\)"),
             (dict(inputs_embeds=torch.zeros(1, 2, 48)), r"shape \[1, 2, 48\]; give \(B, T, 32\)"),
             (
-                dict(input_ids=torch.tensor([[1]]), past_key_values=((1, 2),)),
+                dict(input_ids=torch.tensor([[1]]), cache=((1, 2),)),
                 "is a tuple; give a Cache, such as DynamicCache",
             ),
         ],

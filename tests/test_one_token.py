@@ -23,7 +23,7 @@ READ = 5
 def logits_by_steps(model, ids, way=0):
     """Scores after each of `ids` (1, T) but the first few, which are read at once."""
     cache = DynamicCache(config=model.config)
-    model(ids[:, :READ], past_key_values=cache)
+    model(ids[:, :READ], cache=cache)
     step = OneToken(model, Memory(model.config, model.dtype), cache, way)
     return torch.cat([step.logits_after(token[None, None]) for token in ids[0, READ:]], dim=1)
 

@@ -31,7 +31,7 @@ def make(change=nothing, dtype=torch.float32, **changes):
 @torch.no_grad()
 def after_a_prompt(model, way=0):
     cache, ids = DynamicCache(config=model.config), torch.arange(5)[None]
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     return OneToken(model, Memory(model.config, model.dtype), cache, way)
 
 

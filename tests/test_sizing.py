@@ -120,7 +120,7 @@ def test_cache_takes_the_bytes_of_the_keys_and_values(dtype):
     config = tiny_config()
     model = ScratchGPTForCausalLM(config).to(getattr(torch, dtype)).eval()
     with torch.no_grad():
-        cache = model(random_ids(1, 17), use_cache=True).past_key_values
+        cache = model(random_ids(1, 17), use_cache=True).cache
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_cache_bytes(config, 17, dtype) == held
     assert kv_cache_bytes(config, dtype=dtype) * 17 == held

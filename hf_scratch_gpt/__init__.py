@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .blocks_scratch_gpt import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
-from .configuration_scratch_gpt import ScratchGPTConfig
+from .configuration_scratch_gpt import VERSION, ScratchGPTConfig
 from .fast_generation import optimize_for_generation
 from .gpt2_checkpoints import register_gpt2_rules
 from .modeling_scratch_gpt import (
@@ -28,7 +28,7 @@ from .modeling_scratch_gpt import (
 )
 from .tokenization_scratch_gpt import ScratchGPTTokenizer
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "GELU",

@@ -209,7 +209,7 @@ class MultiHeadAttention(nn.Module):
         self.o_proj.is_residual_projection = True  # type: ignore[assignment]  # as `down_proj` is
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -1,12 +1,19 @@
 """The configuration: one set of names, the published sizes, how the model splits over devices."""
 
 import difflib
+import re
 import sys
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+# Of this code, which travels with every saved model, and of the package.
+VERSION = "0.2.0"
+
+logger = logging.get_logger(__name__)
 
 # `<|endoftext|>` in the vocabulary that OpenAI released. It begins, ends and pads a text.
 END_OF_TEXT_ID = 50256
@@ -121,7 +128,6 @@ class ScratchGPTConfig(PretrainedConfig):
     """
 
     model_type = "scratch_gpt"
-    keys_to_ignore_at_inference = ["cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "n_vocab": "vocab_size",
         "n_embd": "hidden_size",
@@ -188,7 +194,7 @@ class ScratchGPTConfig(PretrainedConfig):
                 "add_cross_attention=True asks for an encoder-decoder, and this model is a decoder "
                 "only; drop the field, or use transformers' GPT2Model"
             )
-        for name in ("model_type", *_IGNORED_GPT2_FIELDS):
+        for name in ("model_type", "code_version", *_IGNORED_GPT2_FIELDS):
             kwargs.pop(name, None)
         for name in kwargs:
             if callable(getattr(type(self), name, None)):
@@ -203,6 +209,7 @@ class ScratchGPTConfig(PretrainedConfig):
                 setattr(self, name, None)
         # A loaded file may name another repository's code; what is saved travels with its own.
         self.auto_map = dict(_AUTO_MAP)
+        self.code_version = VERSION
         self.check()
         if head_dim not in (None, self.head_dim):
             raise ValueError(
@@ -310,6 +317,7 @@ class ScratchGPTConfig(PretrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a configuration file, ours or GPT-2's; return its fields and the unused `kwargs`."""
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        _warn_of_older_code(fields, pretrained_model_name_or_path)
         if fields.get("model_type") == "gpt2":
             fields = {**fields, "model_type": cls.model_type}
             # GPT-2's files name no padding token, and then a batch cannot be generated from. A
@@ -320,12 +328,39 @@ class ScratchGPTConfig(PretrainedConfig):
                 fields["pad_token_id"] = next(iter(ends), None) if isinstance(ends, list) else ends
         return fields, unused
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ScratchGPTConfig":
+        """Make a configuration of what a file holds; `AutoConfig` calls this."""
+        if "name_or_path" in kwargs:
+            _warn_of_older_code(config_dict, kwargs["name_or_path"])
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary of plain values."""
         # PEFT asks for it just before it looks up which modules it adapts by default: the one place
         # that serves whether PEFT is imported before this package or after it.
         _offer_peft_defaults(self.model_type)
         return super().to_dict()
+
+
+def _warn_of_older_code(fields: dict[str, Any], where: Any) -> None:
+    """Log a warning, once, if the saved model at `where` carries older code than this.
+
+    The first versions of this code saved no `code_version`.
+    """
+    saved = fields.get("code_version", "0.1.0" if "auto_map" in fields else VERSION)
+    if fields.get("model_type") == "scratch_gpt" and _parts(saved) < _parts(VERSION):
+        logger.warning_once(
+            f"{where} holds code of hf_scratch_gpt {saved}, older than this {VERSION}. Loaded by "
+            "that code (trust_remote_code=True, without this package), it writes wrong text with "
+            "transformers 5.24 and newer. To refresh the code, load model and tokenizer with "
+            "from_pretrained and save both to the same folder with save_pretrained"
+        )
+
+
+def _parts(version: str) -> list[int]:
+    """The numbers of a version: [0, 2, 0] of "0.2.0"."""
+    return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
 
 def _offer_peft_defaults(model_type: str) -> None:

@@ -4,7 +4,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from transformers.utils.import_utils import is_tracing
 
 from .plain_scratch_gpt import is_transformed
 
-# What hosts hand to every model: transformers' own arguments, those of its continuous batching, and
-# the attention layers that vLLM brings. (A loop over its keys is what torch.compile can trace.)
+# What hosts hand to every model: transformers' own arguments, those of its continuous batching and
+# of its debugger, and the attention layers that vLLM brings.
 _FROM_HOSTS = frozenset(
     [
         *TransformersKwargs.__annotations__,
         *PagedAttentionArgs.__annotations__,
+        *("debug_io", "debug_io_dir", "prune_layers"),
         "attention_instances",
     ]
 )
@@ -33,30 +34,44 @@ _OF_ATTENTION = frozenset(
 )
 
 
-def check_keywords(
-    given: Mapping[str, Any], forward: Callable[..., Any], attend: Callable[..., Any]
-) -> None:
-    """Raise a TypeError that names a keyword argument which nobody would read.
+def known_keywords(
+    given: dict[str, Any], forward: Callable[..., Any], attend: Callable[..., Any]
+) -> dict[str, Any]:
+    """`given`, what `forward` took as `**kwargs`, if somebody reads each of them.
 
     Args:
-        given: what `forward` took as `**kwargs`.
+        given: keyword arguments. Pipeline parallelism hands them on as one, named `kwargs`.
         forward: a model's; its own arguments are offered in the error.
         attend: the attention function, which may declare arguments of its own.
+
+    Raises:
+        TypeError: nobody reads one of them; names it and the nearest that is read.
     """
+    # `return_dict` is for decorators, which do not see it there.
+    packed = {
+        name: value for name, value in given.pop("kwargs", {}).items() if name != "return_dict"
+    }
+    given |= packed
     unknown = [name for name in given if name not in _FROM_HOSTS and name not in _OF_LOSS]
     if not unknown:
-        return
-    declared = set(inspect.signature(attend).parameters) - _OF_ATTENTION
+        return given
+    declared = _arguments(attend) - _OF_ATTENTION
     for name in unknown:
         if name not in declared:
-            known = {*inspect.signature(forward).parameters, *declared, *_FROM_HOSTS, *_OF_LOSS}
-            known -= {"self", "args", "kwargs"}
-            known |= _OF_HEADS | {"past_key_values"}  # which `deprecate_kwarg` takes for `cache`
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            known = _arguments(forward) | declared | _FROM_HOSTS | _OF_LOSS | _OF_HEADS
+            known |= {"past_key_values"}  # which `deprecate_kwarg` takes for `cache`
+            nearest = difflib.get_close_matches(name, known - {name}, n=1, cutoff=0)[0]
             raise TypeError(
                 f"forward() does not know the keyword argument {name!r}; the nearest that it knows "
                 f"is {nearest!r}"
             )
+    return given
+
+
+def _arguments(function: Callable[..., Any]) -> set[str]:
+    """Names of the arguments that `function` declares."""
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
 
 
 def check_inputs(inputs: torch.Tensor, cache: object, vocab_size: int, hidden_size: int) -> None:

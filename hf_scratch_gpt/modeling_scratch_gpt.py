@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock, masked_attention
 from .configuration_scratch_gpt import ScratchGPTConfig
-from .inputs_scratch_gpt import check_inputs, check_keywords
+from .inputs_scratch_gpt import check_inputs, known_keywords
 from .linear_scratch_gpt import Linear
 from .loss_scratch_gpt import chunked_causal_loss
 from .plain_scratch_gpt import is_changed, is_transformed
@@ -148,7 +148,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -173,10 +173,10 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             cache: keys and values of earlier tokens, extended in place.
             inputs_embeds: (B, T, C), vectors to use in place of the token embedding's.
             use_cache: return `cache`.
-            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. Beyond these, what
-                transformers hands to every model (`TransformersKwargs`, `PagedAttentionArgs`) and
-                what the attention function or the loss declares is passed on to them; any other
-                name is an error.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. What hosts hand to
+                every model (`TransformersKwargs`, `PagedAttentionArgs`, `attention_instances`) and
+                what the attention function declares is passed on to it; any other name is an
+                error.
 
         Returns:
             `last_hidden_state` (B, T, C), and what was asked for besides.
@@ -184,12 +184,12 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         Raises:
             ValueError: a position is past the last one; both or neither of `input_ids` and
                 `inputs_embeds` are given; `attention_mask` is too short; see `check_inputs`.
-            TypeError: nobody knows a keyword argument; see `check_keywords`.
+            TypeError: nobody reads a keyword argument; see `known_keywords`.
         """
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, masked_attention
         )
-        check_keywords(kwargs, self.forward, attend)
+        kwargs = known_keywords(kwargs, self.forward, attend)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -269,7 +269,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
     def forward(
         self,

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
@@ -365,7 +365,7 @@ def test_adapters(weights):
     model = random_model(ScratchGPTForCausalLM).eval()
     without = model(ids := random_ids(1, 6)).logits
     names = ["q_proj", "down_proj"]
-    model.add_adapter(LoraConfig(target_modules=names, init_lora_weights=False))
+    inject_adapter_in_model(LoraConfig(target_modules=names, init_lora_weights=False), model)
     expected = model.eval()(ids).logits
     after = optimize_for_generation(model, weights)(ids).logits
     assert (after - expected).norm() < 0.1 * (without - expected).norm()

@@ -1,10 +1,12 @@
 """`generate` gives the ids that it gives with GPT2LMHeadModel, by every way of decoding."""
 
+import copy
+
 import pytest
 import torch
-from transformers import GenerationConfig, GPT2LMHeadModel, StaticCache, set_seed
+from transformers import DynamicCache, GenerationConfig, GPT2LMHeadModel, StaticCache, set_seed
 
-from hf_scratch_gpt import ScratchGPTForCausalLM
+from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
 
 from .models import SMALL_CACHE, VOCABULARY, random_gpt2, random_ids
 
@@ -51,6 +53,72 @@ def test_ids_of_left_padded_rows_equal_gpt2s_and_those_of_single_rows(pair, cach
     for row, kept in enumerate(mask.bool()):
         alone = generate(pair[1], ids[row, kept].unsqueeze(0), **arguments)
         assert generated[row, 12:].tolist() == alone[0, kept.sum() :].tolist()
+
+
+needs_accelerator = pytest.mark.skipif(
+    not torch.accelerator.is_available(), reason="transformers offloads from an accelerator alone"
+)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        "dynamic",
+        "static",
+        pytest.param("offloaded", marks=needs_accelerator),
+        pytest.param("offloaded_static", marks=needs_accelerator),
+    ],
+)
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}],
+    ids=["greedy", "beams", "lookup"],
+)
+def test_every_cache_gives_the_ids_of_no_cache(pair, way, cache, optimized, rows):
+    """Against GPT-2's without a cache: two models that ignore a cache alike would agree."""
+    if "prompt_lookup_num_tokens" in way and rows > 1:
+        pytest.skip("transformers looks up prompts for one text only")
+    ids = random_ids(3, 12)[:rows]
+    mask = torch.ones_like(ids)
+    mask[-1, :5] = 0
+    ids[mask == 0] = VOCABULARY - 1
+    ours = optimize_for_generation(copy.deepcopy(pair[1])) if optimized else pair[1]
+    without = dict(way, use_cache=False)
+    without.pop("prompt_lookup_num_tokens", None)
+    expected = generate(pair[0], ids, mask, do_sample=False, eos_token_id=None, **without)
+    generated = generate(
+        ours, ids, mask, do_sample=False, eos_token_id=None, cache_implementation=cache, **way
+    )
+    assert generated.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_a_cache_that_is_passed_to_generate_is_filled_and_read(pair, optimized):
+    ours = optimize_for_generation(copy.deepcopy(pair[1])) if optimized else pair[1]
+    ids = random_ids(1, 12)
+    cache = DynamicCache(config=ours.config)
+    first = generate(ours, ids, do_sample=False, eos_token_id=None, cache=cache)
+    assert cache.get_seq_length() == first.shape[1] - 1
+    more = torch.cat([first, random_ids(1, 3)], dim=1)
+    expected = generate(pair[0], more, do_sample=False, eos_token_id=None, use_cache=False)
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        generated = generate(ours, more, do_sample=False, eos_token_id=None, past_key_values=cache)
+    assert generated.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_quantized_cache_equals_gpt2s(pair, backend):
+    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    ids = random_ids(1, 12)
+    settings = dict(
+        cache_implementation="quantized", cache_config={"backend": backend, "residual_length": 4}
+    )
+    expected, generated = (
+        generate(model, ids, do_sample=False, eos_token_id=None, **settings) for model in pair
+    )
+    assert generated.tolist() == expected.tolist()
 
 
 def test_assisted_decoding_equals_gpt2s(pair, logged_warnings):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, GPT2LMHeadModel, StaticCache
+from transformers import AttentionInterface, DynamicCache, GPT2LMHeadModel, StaticCache
 
 from hf_scratch_gpt import (
     ScratchGPTConfig,
@@ -13,6 +13,7 @@ from hf_scratch_gpt import (
     ScratchGPTForTokenClassification,
     ScratchGPTModel,
 )
+from hf_scratch_gpt.blocks_scratch_gpt import masked_attention
 
 from .models import POSITIONS, VOCABULARY, random_gpt2, random_ids, random_model, tiny_config
 
@@ -355,6 +356,88 @@ class TestPastTheLastPosition:
         mask = torch.tensor([[0, 0, 2, 2, 2, 2]])
         expected = model(ids, attention_mask=mask.clamp(max=1)).logits
         assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+
+
+HEADS = [
+    ScratchGPTModel,
+    ScratchGPTForCausalLM,
+    ScratchGPTForSequenceClassification,
+    ScratchGPTForTokenClassification,
+    ScratchGPTForQuestionAnswering,
+]
+
+
+class TestKeywords:
+    """Nothing is swallowed: a keyword is read, handed on by the rule, or an error."""
+
+    @pytest.mark.parametrize("model_class", HEADS)
+    @pytest.mark.parametrize(
+        ("name", "nearest"),
+        [
+            ("cahce", "cache"),
+            ("past_key_value", "past_key_values"),
+            ("attention_masks", "attention_mask"),
+            ("output_attention", "output_attentions"),
+            ("encoder_hidden_states", "output_hidden_states"),
+        ],
+    )
+    def test_an_unknown_one_is_named_with_the_nearest(self, model_class, name, nearest):
+        model, value = random_model(model_class), DynamicCache()
+        with pytest.raises(TypeError, match=f"argument '{name}'; the nearest .* '{nearest}'"):
+            model(random_ids(1, 3), **{name: value})
+
+    def test_the_nearest_may_be_an_argument_of_the_head(self):
+        ids = random_ids(1, 3)
+        with pytest.raises(TypeError, match="'label'; the nearest that it knows is 'labels'"):
+            random_model(ScratchGPTForCausalLM)(ids, label=ids)
+
+    @pytest.mark.parametrize("name", ["head_mask", "scaling", "dropout", "query"])
+    def test_what_the_attention_gets_from_the_block_is_not_an_argument(self, name):
+        with pytest.raises(TypeError, match=f"does not know the keyword argument '{name}'"):
+            random_model(ScratchGPTForCausalLM)(random_ids(1, 3), **{name: torch.ones(1)})
+
+    def test_compiled_code_refuses_too(self):
+        torch._dynamo.reset()
+        model = torch.compile(random_model(ScratchGPTForCausalLM))
+        with pytest.raises(TypeError, match="'cahce'"):
+            model(random_ids(1, 3), cahce=DynamicCache())
+
+    @torch.no_grad()
+    def test_what_hosts_hand_to_every_model_passes(self):
+        model, ids = random_model(ScratchGPTForCausalLM), random_ids(1, 3)
+        handed = dict(num_items_in_batch=3, cu_seq_lens_q=torch.tensor([0, 3]), max_length_q=3)
+        logits = model(ids, attention_instances={0: object()}, **handed).logits
+        assert torch.equal(logits, model(ids).logits)
+
+    @torch.no_grad()
+    def test_an_argument_that_the_attention_function_declares_reaches_it(self):
+        seen = []
+
+        def attend(module, query, key, value, attention_mask, hint=None, **kwargs):
+            seen.append(hint)
+            return masked_attention(module, query, key, value, attention_mask, **kwargs)
+
+        AttentionInterface.register("hinted", attend)
+        try:
+            model = random_model(ScratchGPTForCausalLM, attn_implementation="hinted")
+            hint, ids = object(), random_ids(1, 3)
+            model(ids, hint=hint)
+            with pytest.raises(TypeError, match="'hints'; the nearest that it knows is 'hint'"):
+                model(ids, hints=hint)
+        finally:
+            del AttentionInterface._global_mapping["hinted"]
+        assert seen == [hint] * 3
+
+    @pytest.mark.parametrize("model_class", HEADS)
+    @torch.no_grad()
+    def test_the_old_name_of_the_cache(self, model_class):
+        model, ids = random_model(model_class), random_ids(1, 6)
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :4], cache=cache)
+        assert cache.get_seq_length() == 4
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated .* Use `cache`"):
+            model(ids[:, 4:], past_key_values=cache)
+        assert cache.get_seq_length() == 6
 
 
 @torch.no_grad()

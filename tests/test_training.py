@@ -1,9 +1,11 @@
 """Trainer and PEFT take the model for one of transformers' own."""
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from packaging import version
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
@@ -129,3 +131,26 @@ def test_transformers_loads_an_adapter_folder(tmp_path):
     ids = random_ids(1, 6)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits)
+
+
+@torch.no_grad()
+def test_prefix_tuning_hands_its_cache_over(gpt2_folder):
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = []
+    for model_class in (GPT2LMHeadModel, ScratchGPTForCausalLM):
+        torch.manual_seed(0)
+        tuned.append(get_peft_model(model_class.from_pretrained(gpt2_folder), config).eval())
+    ids = random_ids(2, 6)
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        expected, logits = (model(input_ids=ids).logits for model in tuned)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert (logits - tuned[1].get_base_model()(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.skipif(version.parse(peft.__version__) >= version.parse("0.22"), reason="mended there")
+def test_generate_with_a_prefix_that_peft_hands_over_by_the_old_name_alone_is_refused():
+    """Of two caches one would be dropped, and the text would be that of the model untuned."""
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = get_peft_model(random_model(ScratchGPTForCausalLM), config).eval()
+    with pytest.raises(ValueError, match="Both `past_key_values` and `cache` are set"):
+        tuned.generate(input_ids=random_ids(1, 6), max_new_tokens=4, do_sample=False)

@@ -23,9 +23,9 @@ import sys
 from pathlib import Path
 import torch
 from transformers import GPT2LMHeadModel
-from conversion.verify import gpt2_config
+from hf_scratch_gpt.checkpoints.verify import gpt2_config
 from hf_scratch_gpt import ScratchGPTConfig
-from tests.conversion.releases import write_release
+from tests.checkpoints.releases import write_release
 
 preset, workplace, vocabulary = sys.argv[1], *map(Path, sys.argv[2:])
 config = ScratchGPTConfig.from_preset(preset)

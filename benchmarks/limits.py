@@ -2,9 +2,9 @@
 
 import torch
 
-from hf_scratch_gpt.half_scratch_gpt import multiplied_as
-from hf_scratch_gpt.large_pages import move_to_large_pages
-from hf_scratch_gpt.products import WAYS, multiply_seconds
+from hf_scratch_gpt.engine.half import multiplied_as
+from hf_scratch_gpt.engine.large_pages import move_to_large_pages
+from hf_scratch_gpt.engine.products import WAYS, multiply_seconds
 
 from .timing import best_seconds
 

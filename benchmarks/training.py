@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_scratch_gpt import ScratchGPTConfig
-from hf_scratch_gpt.half_scratch_gpt import is_slow
+from hf_scratch_gpt.engine.half import is_slow
 
 from .limits import matrix_peak
 from .peers import DTYPES, in_our_format

@@ -14,11 +14,17 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .blocks_scratch_gpt import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
-from .configuration_scratch_gpt import VERSION, ScratchGPTConfig
-from .fast_generation import optimize_for_generation
-from .gpt2_checkpoints import register_gpt2_rules
-from .modeling_scratch_gpt import (
+from .checkpoints.names import register_gpt2_rules
+from .engine.generation import optimize_for_generation
+from .model.blocks_scratch_gpt import (
+    GELU,
+    FeedForward,
+    LayerNorm,
+    MultiHeadAttention,
+    TransformerBlock,
+)
+from .model.configuration_scratch_gpt import VERSION, ScratchGPTConfig
+from .model.modeling_scratch_gpt import (
     ScratchGPTForCausalLM,
     ScratchGPTForQuestionAnswering,
     ScratchGPTForSequenceClassification,
@@ -26,7 +32,7 @@ from .modeling_scratch_gpt import (
     ScratchGPTModel,
     ScratchGPTPreTrainedModel,
 )
-from .tokenization_scratch_gpt import ScratchGPTTokenizer
+from .model.tokenization_scratch_gpt import ScratchGPTTokenizer
 
 __version__ = VERSION
 

@@ -9,8 +9,8 @@ counted as two. Memory is that of the tensors which live at one time.
 import math
 from dataclasses import dataclass
 
-from .configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
-from .loss_scratch_gpt import PIECE
+from .model.configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
+from .model.modeling_scratch_gpt import LOSS_PIECE
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
@@ -259,7 +259,8 @@ def _tensors_of_a_step(
     loss = {"log-probabilities": logits, "their gradient": logits, "gradient of logits": logits}
     if config.chunked_loss:
         head = config.vocab_size * config.hidden_size
-        loss = {"gradients": head + hidden, "logits of a piece": min(logits, PIECE // 4)}
+        piece = min(tokens, LOSS_PIECE)
+        loss = {"gradients": head + hidden, "logits of a piece": piece * config.vocab_size}
     return {
         "norm": norm,
         "attention": {

@@ -49,7 +49,7 @@ def logged_warnings(request):
 def slow_half(request, monkeypatch):
     """A CPU that has instructions for half precision, then one that has none."""
     slow = frozenset([torch.bfloat16, torch.float16] if request.param else [])
-    monkeypatch.setattr("hf_scratch_gpt.half_scratch_gpt._SLOW_DTYPES", slow)
+    monkeypatch.setattr("hf_scratch_gpt.engine.half._SLOW_DTYPES", slow)
     return request.param
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conversion.convert_gpt2 import main as convert
 from hf_scratch_gpt import ScratchGPTConfig
+from hf_scratch_gpt.checkpoints.convert import main as convert
 from hf_scratch_gpt.sizing import count_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def test_command_lines_run(clone):
     for line in block.splitlines():
         command = shlex.split(line)
         if command[0] == "hf-scratch-gpt":
-            command[:1] = ["python", "-m", "hf_scratch_gpt.cli"]
+            command[:1] = ["python", "-m", "hf_scratch_gpt"]
         elif command[0] == "torchrun":
             command[:1] = ["python", "-m", "torch.distributed.run"]
         command[0] = sys.executable

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
-from hf_scratch_gpt.configuration_scratch_gpt import PRESETS
+from hf_scratch_gpt.model.configuration_scratch_gpt import PRESETS
 from hf_scratch_gpt.sizing import (
     count_parameters,
     forward_flops_per_token,
@@ -230,7 +230,7 @@ def test_memory_of_a_step_is_that_of_the_tensors_alive(
     fields, attention, checkpointing, length, monkeypatch
 ):
     # As a model trains where nobody watches.
-    monkeypatch.setattr("hf_scratch_gpt.plain_scratch_gpt.is_in_torch_dispatch_mode", lambda: False)
+    monkeypatch.setattr("hf_scratch_gpt.engine.plain.is_in_torch_dispatch_mode", lambda: False)
     config = ScratchGPTConfig(**{**SIZES, **fields})
     with LiveBytes() as live:
         train(config, 4, length, attention, checkpointing)

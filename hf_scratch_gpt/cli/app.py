@@ -1,0 +1,251 @@
+"""The command line, `hf-scratch-gpt`: size a GPT, write with it, train it, see it all in a demo."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from .size_table import find_config, show, summarize
+
+if TYPE_CHECKING:
+    from ..training.run import TrainingResult
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes would not leave the help of `train` on one screen
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """A GPT written from scratch that transformers takes for one of its own."""
+
+
+@app.command()
+def info(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME",
+            help="Preset (gpt2, 355M, gpt3-xl, ...), folder of a model, or owner/name on the Hub.",
+        ),
+    ],
+    tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 300e9.")] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            help="FLOP/s of the device. 28e12 gives GPT-3's published 355 years on a V100, 15e12 "
+            "the 665 on an RTX 8000."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a step of training.")] = 1,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a text; all positions if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain numbers as JSON.")] = False,
+) -> None:
+    """Show parameters, storage, cache, FLOPs, and memory and time to train.
+
+    Several names stand side by side. Only configurations are read.
+    """
+    if (tokens is None) != (flops is None):
+        raise ValueError("--tokens and --flops give a time together; give both or neither")
+    summaries = {
+        name: summarize(find_config(name), batch_size, length, tokens, flops) for name in names
+    }
+    console = Console(highlight=False, markup=False)
+    if as_json:
+        console.out(json.dumps([{"name": name, **parts} for name, parts in summaries.items()]))
+        return
+    show(console, summaries)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of ours or a GPT-2.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to continue; standard input if not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among so many tokens; 0 for all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Choose among those of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same texts.")] = 0,
+    samples: Annotated[int, typer.Option(help="How many texts to write.")] = 1,
+    fast: Annotated[bool, typer.Option("--fast", help="Compile first; write faster.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="With --fast: keep weights as int8, int4 or fp8.")
+    ] = None,
+) -> None:
+    """Write on from a prompt, as the text comes.
+
+    A text longer than the model's window goes on: the model reads the last half of the window
+    again, and has forgotten what came before.
+    """
+    import torch
+    from transformers import set_seed
+
+    from ..engine.generation import optimize_for_generation
+    from ..training.setup import load_model, load_tokenizer
+    from ..writing import write
+
+    if samples < 1:
+        raise ValueError(f"--samples {samples} is below 1; ask for at least one text")
+    if weights is not None and not fast:
+        raise ValueError(f"--weights {weights} goes with --fast; add it")
+    sampling = _sampling(temperature, top_k, top_p)
+    text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
+    network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
+    if torch.accelerator.is_available():
+        network.to(torch.accelerator.current_accelerator())
+    if fast:
+        optimize_for_generation(network, weights)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for number in range(samples):
+        if samples > 1:
+            console.rule(f"{number + 1} of {samples}")
+        set_seed(seed + number)
+        console.out(text, end="", highlight=False)
+        write(network, tokenizer, text, max_new_tokens, _printer(console), **sampling)
+        console.out("")
+
+
+def _sampling(temperature: float, top_k: int, top_p: float) -> dict[str, object]:
+    """The arguments of `generate` for these, checked."""
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"--temperature {temperature}, --top-k {top_k} and --top-p {top_p} should be 0 or "
+            "more, 0 or more, and above 0 up to 1"
+        )
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+
+def _printer(console: Console) -> Callable[[str], None]:
+    def print_piece(piece: str) -> None:
+        console.out(piece, end="", highlight=False)
+        console.file.flush()
+
+    return print_piece
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Text, .jsonl or .parquet files, folders, or a Hub data set; behind them any flag "
+            "of transformers' TrainingArguments, such as --learning-rate 1e-3.",
+        ),
+    ],
+    output_dir: Annotated[
+        Path,
+        typer.Option(help="Folder of the run; goes on if begun."),
+    ],
+    model: Annotated[
+        str, typer.Option(help="Preset for fresh weights, or folder or Hub id.")
+    ] = "gpt2",
+    tokenizer: Annotated[str | None, typer.Option(help="Its folder or Hub id.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens of an example.")] = None,
+    validation: Annotated[str, typer.Option(help="Part to validate on, or other texts.")] = "0.05",
+    text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
+    sample_prompt: Annotated[
+        str | None, typer.Option(help="Text to write on from now and then.")
+    ] = None,
+    sample_steps: Annotated[float, typer.Option(help="How often; below 1, part of all.")] = 0.1,
+) -> None:
+    """Train a GPT on texts; Ctrl-C stops it with a checkpoint.
+
+    The same command goes on from there. Runs under torchrun too.
+    """
+    import torch.distributed
+
+    from ..training import run as training
+    from .progress import TerminalProgress
+
+    place = next((i for i, source in enumerate(sources) if source.startswith("-")), len(sources))
+    console = Console(highlight=False, markup=False)
+    progress = TerminalProgress(console)
+    try:
+        result = training.train(
+            sources[:place],
+            output_dir,
+            model=model,
+            tokenizer=tokenizer,
+            block_size=block_size,
+            validation=_number(validation),
+            text_field=text_field,
+            sample_prompt=sample_prompt,
+            sample_steps=sample_steps,
+            on_sample=lambda step, text: progress.say(f"step {step} writes: {text}"),
+            progress=progress,
+            **training.parse_flags(sources[place:]),
+        )
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if os.environ.get("RANK", "0") == "0":
+        console.print(_end_of(result))
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _end_of(result: "TrainingResult") -> str:
+    """What to say when a training has ended."""
+    if result.interrupted:
+        return f"stopped after {result.steps} steps; the same command goes on from there"
+    loss = result.last("eval_loss") or result.last("train_loss")
+    already = ", as it was before" if result.went_on_from == result.steps else ""
+    return (
+        f"{result.steps} steps, loss {loss:.3f} nats per token{already}; the model, loss.png and "
+        f"checkpoints are in {result.folder}"
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all that it makes.")] = Path("out/demo"),
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Convert this GPT-2, and write with it, in place of a training."),
+    ] = None,
+) -> None:
+    """Train a small GPT on Python's own manual in two minutes, and let it write.
+
+    It needs no network. The model is saved, and loaded again to write.
+    """
+    from .demo import run_demo, run_weights
+
+    console = Console(highlight=False, markup=False)
+    if weights is None:
+        run_demo(out, console)
+    else:
+        run_weights(weights, out / "converted", console)
+
+
+def main() -> None:
+    """Run the command line; a user's error is one line and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True, markup=False, highlight=False).print(f"error: {line}", soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The language model's loss in pieces, without all logits in memory at once."""
+
+# N tokens that count, C hidden, V vocabulary
+
+import math
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .half import multiplied_as
+from .onednn import by_onednn, is_onednn_ahead
+from .plain import is_plain
+
+PIECE = 2**26  # bytes of logits at a time
+_BLOCK = 2**21  # logits that are turned into a gradient at a time
+_WORDS = 2**12  # rows of the weight that are multiplied, or whose gradients are summed, at a time
+
+
+def chunked_causal_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """transformers' `ForCausalLMLoss` of the logits `hidden_states @ weight.T`, with its arguments.
+
+    A batch of 2,048 tokens has 100 million logits of GPT-2's; transformers' loss holds them three
+    times. Here a few hundred tokens' logits live at a time, from which follow their share of the
+    loss and, by the derivative softmax(logits) - one_hot(label), of the gradients.
+
+    Args:
+        hidden_states: (B, T, C).
+        weight: the output head's, (V, C).
+        labels: (B, T); token t is compared with label t + 1. Where it is `ignore_index`, it does
+            not count.
+        num_items_in_batch: what the sum over tokens is divided by; their number if not given.
+        shift_labels: (B, T), labels that are shifted already, in place of `labels`.
+
+    Returns:
+        The mean negative log-likelihood in nats. It can be differentiated once.
+
+    Raises:
+        ValueError: there are more or fewer labels than hidden states, or, on a CPU, a label is no
+            token of the vocabulary.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if shift_labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"labels have the shape {list(shift_labels.shape)}, and the tokens "
+            f"{list(hidden_states.shape[:-1])}; give one label for each"
+        )
+    shift_labels = shift_labels.flatten().to(hidden_states.device)
+    counted = (shift_labels != ignore_index).nonzero()[:, 0]  # (N,)
+    shift_labels = shift_labels[counted]
+    # To look at numbers on a GPU is to wait for them.
+    if shift_labels.is_cpu and len(counted) and not torch.compiler.is_compiling():
+        _check_labels(shift_labels, len(weight), ignore_index)
+    dtype, device = weight.dtype, weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if device == "cpu":
+        dtype = multiplied_as(dtype)
+    divisor = torch.as_tensor(
+        len(counted) if num_items_in_batch is None else num_items_in_batch,
+        dtype=torch.float32,
+        device=hidden_states.device,
+    )
+    # Quotients may be too small for float16, so the gradient is scaled before it is divided.
+    early = torch.ones_like(divisor) if dtype == torch.float16 else divisor
+    loss: torch.Tensor = _LossOfPieces.apply(
+        hidden_states.flatten(0, -2).index_select(0, counted),
+        weight,
+        shift_labels,
+        early,
+        dtype,
+    )
+    return loss / divisor if dtype == torch.float16 else loss
+
+
+def _check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
+    lowest, highest = (int(label) for label in labels.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"the label {lowest if lowest < 0 else highest} is outside of the vocabulary of "
+            f"{vocab_size} tokens; give {ignore_index} to tokens that do not count"
+        )
+
+
+class _LossOfPieces(torch.autograd.Function):
+    """Sum of the cross entropies of `hidden @ weight.T` and `labels`, divided by `divisor`.
+
+    Its gradients are computed along with it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        divisor: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The loss of `hidden` (N, C), `weight` (V, C), `labels` (N,); products are of `dtype`."""
+        wants_weight = ctx.needs_input_grad[1]  # a frozen head needs no gradient
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, narrow = hidden.to(dtype), weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = None
+        if wants_weight:  # in half precision a sum of many pieces would lose digits
+            wide = torch.promote_types(dtype, torch.float32)
+            grad_weight = torch.empty_like(weight, dtype=wide)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        count = max(1, math.ceil(len(hidden) * len(weight) * dtype.itemsize / PIECE))
+        size = max(1, math.ceil(len(hidden) / count))
+        # The same memory for all pieces: fresh memory is slow, and may not be given back.
+        products = hidden.new_empty(size, len(weight))
+        pieces = zip(hidden.split(size), labels.split(size), grad_hidden.split(size), strict=True)
+        for number, (rows, label, grad_rows) in enumerate(pieces):
+            logits = products[: len(rows)]  # (n, V)
+            _multiply(rows, narrow, logits)
+            total += _to_gradient(logits, label, divisor)
+            torch.mm(logits, narrow, out=grad_rows)
+            if grad_weight is not None:
+                _add_product(grad_weight, logits, rows, is_first=number == 0)
+        if grad_weight is not None and weight.dtype == torch.bfloat16:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients that `forward` has computed, times that of the loss, a number."""
+        of_hidden, of_weight = ctx.dtypes
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # To look at a number on a GPU is to wait for it.
+        can_look = grad_loss.is_cpu and not torch.compiler.is_compiling()
+        if not (can_look and grad_loss == 1):
+            grad_hidden = grad_hidden * grad_loss
+            grad_weight = None if grad_weight is None else grad_weight * grad_loss
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(of_weight)
+        return grad_hidden.to(of_hidden), grad_weight, None, None, None
+
+
+def _multiply(hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -> None:
+    """Put the product of `hidden` (n, C) and `weight` (V, C) into `logits` (n, V)."""
+    is_large = len(weight) > _WORDS  # else oneDNN's copy would be of all
+    is_better = is_large and is_onednn_ahead(hidden) and is_plain(weight)
+    if torch.compiler.is_compiling() or not is_better:
+        torch.mm(hidden, weight.T, out=logits)
+        return
+    for words, of_words in zip(weight.split(_WORDS), logits.split(_WORDS, dim=1), strict=True):
+        of_words.copy_(by_onednn(hidden, words, None))
+
+
+def _to_gradient(logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    """Put the derivative of the loss in the place of `logits` (n, V), and return its sum.
+
+    On a CPU a few rows at a time, which its cache holds.
+    """
+    size = max(1, _BLOCK // logits.shape[1]) if logits.is_cpu else len(logits)
+    wide = None
+    if logits.dtype != torch.float32:
+        wide = torch.empty_like(logits[:size], dtype=torch.float32)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for rows, label in zip(logits.split(size), labels.split(size), strict=True):
+        x = rows if wide is None else wide[: len(rows)].copy_(rows)
+        x -= x.amax(-1, keepdim=True)
+        of_label = x.gather(1, label[:, None])
+        sums = x.exp_().sum(-1, keepdim=True)
+        total += (sums.log() - of_label).sum()
+        x /= sums * divisor  # softmax
+        x.scatter_add_(1, label[:, None], -torch.ones_like(of_label) / divisor)
+        if wide is not None:
+            rows.copy_(x)
+    return total
+
+
+def _add_product(
+    grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, is_first: bool
+) -> None:
+    """Add `grad_logits.T @ hidden` to `grad_weight` (V, C), or write it there if it is the first.
+
+    `grad_weight` may be of more digits.
+    """
+    if grad_weight.dtype == hidden.dtype:
+        beta = 0 if is_first else 1
+        torch.addmm(grad_weight, grad_logits.T, hidden, beta=beta, out=grad_weight)
+        return
+    # A few words at a time, since torch adds numbers of half precision by way of a copy.
+    narrow = torch.empty_like(grad_weight[:_WORDS], dtype=hidden.dtype)
+    wide = torch.empty_like(grad_weight[:_WORDS])
+    for words, of_words in zip(grad_logits.T.split(_WORDS), grad_weight.split(_WORDS), strict=True):
+        product = torch.mm(words, hidden, out=narrow[: len(words)])
+        if is_first:
+            of_words.copy_(product)
+        else:
+            of_words += wide[: len(words)].copy_(product)

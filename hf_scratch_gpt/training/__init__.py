@@ -1,0 +1,5 @@
+"""Texts to packed blocks of tokens, and a GPT trained on them by transformers' `Trainer`."""
+
+from .run import TrainingResult, parse_flags, train
+
+__all__ = ["TrainingResult", "parse_flags", "train"]

@@ -1,0 +1,275 @@
+"""Texts -> one stream of token ids in a file, computed once -> blocks that a model is trained on.
+
+Documents follow one another in the stream, each with the end-of-text token behind it, and a block
+is the next so many tokens: there is no padding, and a document may run on from block to block.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..files import new_file
+from .texts import Piece, Sources, documents, find, read, size_of
+
+__all__ = [
+    "Blocks",
+    "TokenFile",
+    "WholeBatches",
+    "documents",
+    "fingerprint",
+    "tokenize",
+    "vocabulary_size",
+]
+
+# How many characters a core gets at a time: enough that none waits long for the others at the end.
+# At about ten bytes of lists for each, more cores share what 16 get.
+CHARACTERS_PER_CORE = 4 << 20
+_MOST_CORES = 16
+
+# Part of the name of a cached stream: another number where the same texts give other tokens.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A stream of token ids on disk.
+
+    Args:
+        path: the file, ids one after another.
+        dtype: their numpy type, "uint16" or "uint32".
+        tokens: how many there are, ends of texts included.
+        documents: how many documents they come from.
+        digest: hash of the ids.
+    """
+
+    path: Path
+    dtype: str
+    tokens: int
+    documents: int
+    digest: str
+
+    def ids(self) -> np.memmap:
+        """The ids, (`tokens`,), read from disk where they are used."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r")
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of ids a model needs for `tokenizer`: its highest id and one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides which ids `tokenizer` gives: vocabulary, merges, added tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        described: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
+    else:
+        described = json.loads(backend.to_str())
+        # Every call sets these two, and they are not used here.
+        described.pop("truncation", None)
+        described.pop("padding", None)
+    described["end"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def tokenize(
+    sources: Sources,
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str = "text",
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> TokenFile:
+    """Encode the texts of `sources`, or find the ids of an earlier time.
+
+    They are kept in a file that is named by a hash of the tokenizer and the files' places, sizes
+    and times of change. Of several processes that ask for the same ids, one computes them while
+    the others wait. The tokenizer gets a batch of long pieces at a time, which fast tokenizers
+    encode in threads.
+
+    Args:
+        sources, text_field: as for `documents`.
+        tokenizer: must have an end-of-text token (`eos_token`).
+        cache_dir: where to keep the ids; `hf_scratch_gpt` in Hugging Face's own cache if not given.
+
+    Raises:
+        ValueError: as `documents`, or the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no end-of-text token to put between documents; set its eos_token"
+        )
+    found = find(sources)
+    folder = Path(cache_dir) if cache_dir is not None else Path(HF_HOME, "hf_scratch_gpt")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_cache_key(found, tokenizer, text_field)}.ids"
+    with FileLock(f"{path}.lock"):
+        return _cached(path) or _encode_to(path, found, tokenizer, text_field)
+
+
+def _cache_key(found: list[Any], tokenizer: PreTrainedTokenizerBase, field: str) -> str:
+    places = []
+    for source in found:
+        is_file = isinstance(source, Path)
+        files = [source] if is_file else [entry["filename"] for entry in source.cache_files]
+        stats = [(str(Path(file).resolve()), os.stat(file)) for file in files]
+        kind = "file" if is_file else f"{source.info.dataset_name} {source.info.config_name}"
+        places.append([kind, *[(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
+    key = json.dumps([_FORMAT, fingerprint(tokenizer), field, places])
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _cached(path: Path) -> TokenFile | None:
+    """The stream in `path`, if a whole one is there."""
+    try:
+        described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        file = TokenFile(path, **described)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    size = file.tokens * np.dtype(file.dtype).itemsize
+    return file if path.is_file() and path.stat().st_size == size else None
+
+
+def _encode_to(
+    path: Path, found: list[Any], tokenizer: PreTrainedTokenizerBase, field: str
+) -> TokenFile:
+    """Write the stream to `path`; whatever happens, there is a whole one or none."""
+    dtype = "uint16" if vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
+    digest, tokens, ends = hashlib.sha256(), 0, 0
+    with new_file(path) as unfinished:
+        with unfinished.open("wb") as file:
+            for batch in _batches(found, field):
+                texts = [piece.text for piece in batch]
+                rows = tokenizer(
+                    texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+                )["input_ids"]
+                for piece, row in zip(batch, rows, strict=True):
+                    ids = [*row, tokenizer.eos_token_id] if piece.ends else row
+                    data = np.array(ids, dtype).tobytes()
+                    file.write(data)
+                    digest.update(data)
+                    tokens += len(ids)
+                    ends += piece.ends
+        result = TokenFile(path, dtype, tokens, ends, digest.hexdigest())
+        described = {name: value for name, value in asdict(result).items() if name != "path"}
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(described), encoding="utf-8")
+    return result
+
+
+def _batches(found: list[Any], field: str) -> Iterator[list[Piece]]:
+    """Pieces, enough at a time to keep all cores busy; shows progress."""
+    total = sum(map(size_of, found))
+    limit = CHARACTERS_PER_CORE * min(os.cpu_count() or 1, _MOST_CORES)
+    batch: list[Piece] = []
+    characters = 0
+    with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Tokenizing") as progress:
+        for source in found:
+            for piece in read(source, field):
+                batch.append(piece)
+                characters += len(piece.text)
+                if characters >= limit:
+                    yield batch
+                    progress.update(sum(done.size for done in batch))
+                    batch, characters = [], 0
+        if batch:
+            yield batch
+            progress.update(sum(done.size for done in batch))
+
+
+class Blocks(Dataset):
+    """Equal parts of a stream of tokens, as a model is trained on them.
+
+    Item i is `input_ids` and `labels`, both (`block_size`,) of int64 and the same: the model shifts
+    the labels. What is left at the end and fills no block is dropped.
+
+    Args:
+        file: the stream.
+        block_size: tokens in a block.
+        start, stop: the first block and the one behind the last; all of them if not given.
+
+    Raises:
+        ValueError: there is no block.
+    """
+
+    def __init__(
+        self, file: TokenFile, block_size: int, start: int = 0, stop: int | None = None
+    ) -> None:
+        if block_size < 2:
+            raise ValueError(f"block_size={block_size} leaves no token to predict; give 2 or more")
+        whole = file.tokens // block_size
+        self.file = file
+        self.block_size = block_size
+        self.start = start
+        self.stop = whole if stop is None else stop
+        if not whole:
+            raise ValueError(
+                f"the texts are {file.tokens} tokens, less than one block of {block_size}; give "
+                "more text, or a smaller block_size"
+            )
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        first = (self.start + index) * self.block_size * np.dtype(self.file.dtype).itemsize
+        # Not through a map of the file, which would be copied, whole, to a data loader's processes.
+        block = np.fromfile(self.file.path, self.file.dtype, self.block_size, offset=first)
+        ids = torch.from_numpy(block.astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    def split(self, fraction: float) -> "tuple[Blocks, Blocks]":
+        """Take the last `fraction` of the blocks, at least one, for validation.
+
+        Raises:
+            ValueError: `fraction` is no part, or nothing would be left to train on.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"{fraction} is no part of the blocks; give a number from 0 to 1")
+        count = max(1, round(fraction * len(self)))
+        if count >= len(self):
+            raise ValueError(
+                f"{len(self)} blocks of {self.block_size} tokens are too few to train on some and "
+                f"validate on {fraction:.0%}; give more text, a smaller block_size, or texts of "
+                "their own to validate on"
+            )
+        border = self.stop - count
+        return (
+            Blocks(self.file, self.block_size, self.start, border),
+            Blocks(self.file, self.block_size, border, self.stop),
+        )
+
+
+class WholeBatches(Dataset):
+    """Blocks, the first of them repeated behind the last until they fill a batch.
+
+    All steps are then of one size, and the same for any number of processes that share a batch.
+
+    Args:
+        blocks: the blocks.
+        batch_size: how many make a batch.
+    """
+
+    def __init__(self, blocks: Blocks, batch_size: int) -> None:
+        self.blocks = blocks
+        self.count = -(-len(blocks) // batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"block {index} of {self.count}")
+        return self.blocks[index % len(self.blocks)]

@@ -1,0 +1,306 @@
+"""Train a GPT: texts -> packed blocks -> transformers' `Trainer`.
+
+The same call runs alone, and in each of several processes under `torchrun` or `accelerate launch`.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.utils import logging
+
+from ..files import without_progress_bars
+from ..model.configuration_scratch_gpt import ScratchGPTConfig
+from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
+from . import run_folder as runs
+from .callbacks import (
+    KeepCheckpoints,
+    LossCurve,
+    SampleText,
+    StopOnSignal,
+    draw_loss,
+    loss_and_perplexity,
+    losses_of_rows,
+)
+from .corpus import Blocks, WholeBatches, tokenize
+from .setup import (
+    DEFAULTS,
+    FRESH_LEARNING_RATE,
+    Model,
+    Tokenizer,
+    check_block_size,
+    check_installed,
+    config_of,
+    load_model,
+    load_start,
+    load_tokenizer,
+    make_arguments,
+    parse_flags,
+)
+from .texts import Sources
+
+__all__ = ["DEFAULTS", "FRESH_LEARNING_RATE", "TrainingResult", "parse_flags", "train"]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training went.
+
+    Args:
+        folder: where the model is; after an interruption there are checkpoints alone.
+        steps: steps taken, those of earlier starts included.
+        history: what was logged, in order: `loss`, `eval_loss` (nats per token), `eval_perplexity`,
+            `learning_rate`, `grad_norm` and more, each with its `step`.
+        interrupted: whether a signal ended it before its last step.
+        went_on_from: the step of the checkpoint that this start went on from; 0 if it began anew,
+            `steps` if the run was finished already.
+    """
+
+    folder: Path
+    steps: int
+    history: list[dict[str, float]]
+    interrupted: bool
+    went_on_from: int
+
+    def last(self, name: str) -> float | None:
+        """What was logged last as `name`, such as "eval_loss"; None if nothing was."""
+        return next((entry[name] for entry in reversed(self.history) if name in entry), None)
+
+
+def train(
+    sources: Sources,
+    output_dir: str | os.PathLike[str],
+    *,
+    model: Model = "gpt2",
+    overrides: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+    block_size: int | None = None,
+    validation: float | Sources | None = 0.05,
+    text_field: str = "text",
+    cache_dir: str | os.PathLike[str] | None = None,
+    sample_prompt: str | None = None,
+    sample_steps: float = 0.1,
+    on_sample: Callable[[int, str], None] | None = None,
+    progress: TrainerCallback | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **training_arguments: Any,
+) -> TrainingResult:
+    """Train a language model on texts and save it, with its tokenizer, in `output_dir`.
+
+    Started again with the same arguments, it goes on from the last checkpoint, with the losses of a
+    run without a break; a finished run is left as it is. Ctrl-C or SIGTERM ends it with a
+    checkpoint. The folder also gets `loss.png` and, where tensorboard is installed, `runs`.
+
+    Args:
+        sources: texts to train on, see `documents`.
+        output_dir: a folder that is new or empty, or that of the same run.
+        model: for fresh weights, the name of a preset or a configuration; else the folder or hub id
+            of a saved model, or a model. A preset takes its special tokens from the tokenizer, and
+            its number of tokens too, where that is smaller.
+        overrides: fields of the configuration that differ from the preset's.
+        tokenizer: a folder, hub id or tokenizer; that of the saved model if not given.
+        block_size: tokens in a training example; as many as the model has positions if not given.
+        validation: which part of the blocks, the last ones, to validate on; or texts of their own;
+            or None.
+        text_field: field or column of the text in JSON lines, Parquet and data sets.
+        cache_dir: where token ids are kept, see `tokenize`.
+        sample_prompt: text that the model writes on from, every `sample_steps` steps (below 1: that
+            part of all steps).
+        on_sample: is called with the step and the sample; if not given, it is logged.
+        progress: shows how training goes, in place of the Trainer's bar and of others beside it.
+        callbacks: more callbacks for the Trainer.
+        training_arguments: those of `TrainingArguments`, over `DEFAULTS`.
+
+    Raises:
+        ValueError: the sources, the sizes or the folder do not fit.
+        ImportError: a package is missing.
+    """
+    check_installed()
+    folder = Path(output_dir)
+    encoder = load_tokenizer(tokenizer, model)
+    start = load_start(model, encoder, overrides)
+    size = check_block_size(block_size, config_of(start))
+    arguments = make_arguments(folder, start, bool(validation), training_arguments)
+    _on_first_process(arguments, lambda: runs.read_record(folder) and None)
+
+    def blocks_of(texts: Sources) -> Blocks:
+        return Blocks(tokenize(texts, encoder, text_field, cache_dir), size)
+
+    blocks, held_out = blocks_of(sources), None
+    if isinstance(validation, float | int):
+        blocks, held_out = blocks.split(validation) if validation else (blocks, None)
+    elif validation is not None:
+        held_out = blocks_of(validation)
+
+    run = runs.describe(start, encoder, arguments, blocks, held_out)
+    state, checkpoint = _on_first_process(arguments, lambda: _enter(folder, run, arguments))
+    if state is not None:
+        steps = state.global_step
+        return TrainingResult(folder, steps, state.log_history, False, went_on_from=steps)
+    arguments.disable_tqdm |= progress is not None
+    trainer = _make_trainer(start, encoder, arguments, blocks, held_out, callbacks)
+    total = _resolve_steps(trainer)
+    if sample_prompt is not None:
+        every = max(1, math.ceil(sample_steps * (total if sample_steps < 1 else 1)))
+        trainer.add_callback(SampleText(encoder, sample_prompt, every, on_sample or _log_sample))
+    if progress is None:
+        return _run(trainer, checkpoint)
+    trainer.remove_callback(PrinterCallback)  # which stands in for the bar
+    trainer.add_callback(progress)
+    with without_progress_bars():
+        return _run(trainer, checkpoint)
+
+
+def _on_first_process(arguments: TrainingArguments, work: Callable[[], Any]) -> Any:
+    """What `work` gives in the first process, or its ValueError, in all of them."""
+    from accelerate.utils import (  # type: ignore[import-untyped]  # it has no stubs
+        broadcast_object_list,
+    )
+
+    outcome: list[Any] = [None, None]
+    if arguments.process_index == 0:
+        try:
+            outcome[0] = work()
+        except ValueError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def _enter(
+    folder: Path, run: dict[str, Any], arguments: TrainingArguments
+) -> tuple[TrainerState | None, Path | None]:
+    """Make `folder` that of `run`; its state if it is finished, else the checkpoint to go on from.
+
+    Raises:
+        ValueError: it holds another run.
+    """
+    runs.enter(folder, run)
+    state, checkpoint = runs.read_state(folder), runs.last_checkpoint(folder)
+    if state is not None:
+        return state, None
+    reached = None if checkpoint is None else runs.read_state(checkpoint)
+    if checkpoint is not None and reached is not None and reached.global_step >= reached.max_steps:
+        # It was killed between its last step and the end, and a Trainer would take a step too many.
+        if any(checkpoint.glob("*.safetensors")):
+            return _finish(folder, checkpoint, reached, arguments), None
+        # Each process's part of the weights is there alone.
+        checkpoint = runs.last_checkpoint(folder, before=reached.global_step)
+    runs.discard_after(checkpoint, folder)
+    return None, checkpoint
+
+
+def _finish(
+    folder: Path, checkpoint: Path, reached: TrainerState, arguments: TrainingArguments
+) -> TrainerState:
+    """Do with the last checkpoint what is done at the end of training."""
+    best = reached.best_model_checkpoint if arguments.load_best_model_at_end else None
+    place = best or str(checkpoint)
+    model, tokenizer = load_model(place), load_tokenizer(None, place)
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    draw_loss(reached.log_history, folder / runs.CURVE)
+    reached.save_to_json(str(folder / runs.STATE))
+    return reached
+
+
+def _make_trainer(
+    start: ScratchGPTConfig | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+    blocks: Blocks,
+    held_out: Blocks | None,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    set_seed(arguments.seed)
+    model = start if isinstance(start, PreTrainedModel) else ScratchGPTForCausalLM(start)
+    # A checkpoint holds tied weights once, and the Trainer that loads one would miss the others.
+    model._keys_to_ignore_on_save |= model.all_tied_weights_keys.keys()
+    kept, arguments.save_total_limit = arguments.save_total_limit, None
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=WholeBatches(blocks, runs.batch_size(arguments)),
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        preprocess_logits_for_metrics=losses_of_rows,
+        compute_metrics=loss_and_perplexity,
+        callbacks=[LossCurve(), *([KeepCheckpoints(kept)] if kept else []), *callbacks],
+    )
+    if arguments.fsdp and not trainer.is_fsdp_enabled:
+        logger.warning("fsdp shards on accelerators alone; here each process keeps all weights")
+    return trainer
+
+
+def _resolve_steps(trainer: Trainer) -> int:
+    """Turn parts of the whole training into numbers of steps; return how many it has.
+
+    The Trainer would do it too, and complain of its own numbers when it goes on from a checkpoint.
+    """
+    arguments = trainer.args
+    *_, total = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        steps = getattr(arguments, name)
+        if steps is not None and 0 < steps < 1:
+            setattr(arguments, name, math.ceil(steps * total))
+    return total
+
+
+def _log_sample(step: int, text: str) -> None:
+    logger.info(f"Sample after {step} steps: {text}")
+
+
+def _run(trainer: Trainer, checkpoint: Path | None) -> TrainingResult:
+    """Train, from `checkpoint` on if there is one, and save."""
+    folder, model_class = Path(trainer.args.output_dir), type(trainer.model)
+    with StopOnSignal(announce=trainer.is_world_process_zero()) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        state = trainer.state
+        interrupted = stop.stopped and state.global_step < state.max_steps
+        if not interrupted:
+            trainer.model.config.use_cache = True  # the Trainer has turned it off
+            _save(trainer, model_class)
+            trainer.save_state()
+        trainer.accelerator.wait_for_everyone()
+    before = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    return TrainingResult(folder, state.global_step, state.log_history, interrupted, before)
+
+
+def _save(trainer: Trainer, model_class: type[PreTrainedModel]) -> None:
+    """Save model and tokenizer, as `Trainer.save_model` does where weights are not sharded.
+
+    FSDP makes the model's class another, whose code would be saved; and where checkpoints hold each
+    process's part, that method saves nothing.
+    """
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model()
+        return
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.args.should_save:
+        with torch.device("meta"):
+            model = model_class(trainer.model.config)
+        model.generation_config = trainer.model.generation_config
+        model.save_pretrained(trainer.args.output_dir, state_dict=weights)
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)

@@ -1,0 +1,205 @@
+"""Which run an output folder holds, how far it has come, and whether another may go on in it."""
+
+import hashlib
+import json
+import math
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .corpus import Blocks, fingerprint
+
+RECORD = "run.json"
+STATE = "trainer_state.json"
+CURVE = "loss.png"
+_CHECKPOINT = "checkpoint-"
+_UNFINISHED = f"{RECORD}.unfinished"
+
+# How many differences a message names.
+_MOST_NAMED = 5
+
+# The arguments of a training that decide its loss curve; the size of the batch is recorded apart,
+# as it is made up of several.
+_ARGUMENTS = (
+    "seed",
+    "data_seed",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "bf16",
+    "fp16",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+)
+
+
+def batch_size(arguments: TrainingArguments) -> int:
+    """Sequences in one step, over all processes and accumulation steps."""
+    processes = arguments.world_size
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * processes
+
+
+def describe(
+    start: PretrainedConfig | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+    blocks: Blocks,
+    held_out: Blocks | None,
+) -> dict[str, Any]:
+    """All that decides the loss curve of a run, as plain values.
+
+    Args:
+        start: the configuration of fresh weights, or the model to train on.
+        tokenizer, arguments: of the training.
+        blocks, held_out: to train and to validate on.
+    """
+    is_model = isinstance(start, PreTrainedModel)
+    config = start.config if is_model else start
+    # Of its own class alone: transformers adds fields to its base from version to version.
+    names = type(config).__annotations__.keys() - PretrainedConfig.__annotations__.keys()
+    given = arguments.to_dict()
+    run = {
+        "texts": blocks.file.digest,
+        "tokens": blocks.file.tokens,
+        "block_size": blocks.block_size,
+        "training_blocks": len(blocks),
+        "validation": held_out and [held_out.file.digest, len(held_out)],
+        "tokenizer": fingerprint(tokenizer),
+        "batch_size": batch_size(arguments),
+        **{name: given[name] for name in _ARGUMENTS},
+        "weights": weights_digest(start) if is_model else "fresh",
+        **{f"model.{name}": getattr(config, name) for name in sorted(names)},
+    }
+    if run["max_steps"] > 0:
+        del run["num_train_epochs"]
+    return json.loads(json.dumps(run, default=str))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of all weights of `model`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of the run in `folder`; None if it is new.
+
+    Raises:
+        ValueError: there are files, but of no run.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    except FileNotFoundError:
+        if not folder.exists() or {path.name for path in folder.iterdir()} <= {_UNFINISHED}:
+            return None
+    except (OSError, ValueError):
+        pass
+    raise ValueError(
+        f"{folder} holds files, but no run ({RECORD}); choose another folder or empty it"
+    )
+
+
+def enter(folder: Path, run: dict[str, Any]) -> None:
+    """Make `folder` that of `run`, or see that it is already.
+
+    Raises:
+        ValueError: it holds another run; says what is different.
+    """
+    record = read_record(folder)
+    if record is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_file(folder / RECORD) as unfinished:
+            unfinished.write_text(json.dumps(run, indent=2), encoding="utf-8")
+        return
+    names = [name for name in {**record, **run} if record.get(name) != run.get(name)]
+    if names:
+        differences = [
+            f"{name} {_short(record.get(name))} there, {_short(run.get(name))} here"
+            for name in names[:_MOST_NAMED]
+        ]
+        if len(names) > _MOST_NAMED:
+            differences.append(f"and {len(names) - _MOST_NAMED} more")
+        raise ValueError(
+            f"{folder} holds another run ({'; '.join(differences)}); choose another folder, give "
+            "the same again to go on with it, or delete it"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 30 else f"{text[:12]}...{text[-5:]}"
+
+
+def read_state(folder: Path) -> TrainerState | None:
+    """How far training had come when it wrote to `folder`; None if it did not finish writing.
+
+    transformers writes a checkpoint's state after all else in it.
+    """
+    try:
+        return TrainerState.load_from_json(str(folder / STATE))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def checkpoints(folder: Path, before: float = math.inf) -> list[Path]:
+    """The checkpoints in `folder` of steps below `before`, the last first."""
+    names = (path.name.removeprefix(_CHECKPOINT) for path in folder.glob(f"{_CHECKPOINT}*"))
+    steps = sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    return [folder / f"{_CHECKPOINT}{step}" for step in steps if step < before]
+
+
+def last_checkpoint(folder: Path, before: float = math.inf) -> Path | None:
+    """The last of `checkpoints` that was written to its end and can be gone on from."""
+    return next(filter(_is_complete, checkpoints(folder, before)), None)
+
+
+def discard_after(checkpoint: Path | None, folder: Path) -> None:
+    """Delete what is left in `folder` of steps behind `checkpoint`, which are taken again.
+
+    Without a checkpoint to go on from, only what was not written to its end.
+    """
+    for path in checkpoints(folder):
+        if path == checkpoint:
+            return
+        if checkpoint is not None or read_state(path) is None:
+            shutil.rmtree(path)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # The first process writes the state last. Others write their random numbers meanwhile, to an
+    # archive whose directory comes last.
+    numbers = [*checkpoint.glob("rng_state*.pth")]
+    is_alone = [path.name for path in numbers] == ["rng_state.pth"]
+    return (
+        read_state(checkpoint) is not None
+        and (is_alone or len(numbers) > 1)
+        and all(map(zipfile.is_zipfile, numbers))
+    )

@@ -1,0 +1,211 @@
+"""What a training begins with: a tokenizer, a model or its configuration, the arguments."""
+
+import copy
+import difflib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from ..model.configuration_scratch_gpt import ScratchGPTConfig
+from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
+from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
+from .corpus import vocabulary_size
+
+Model: TypeAlias = str | os.PathLike[str] | ScratchGPTConfig | PreTrainedModel
+Tokenizer: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
+
+# Where they differ from those of TrainingArguments. Decay, beta and clipping are GPT-3's (Brown et
+# al. 2020, appendix B); a number of steps below 1 is a part of the whole training.
+DEFAULTS: dict[str, Any] = dict(
+    lr_scheduler_type="cosine",
+    warmup_steps=0.02,
+    weight_decay=0.1,
+    adam_beta2=0.95,
+    max_grad_norm=1.0,
+    logging_steps=10,
+    logging_first_step=True,
+    eval_steps=0.1,
+    save_steps=0.1,
+    save_total_limit=2,
+    ddp_find_unused_parameters=False,  # there are none, and to look for them takes time
+)
+
+# GPT-3's for its smallest model (table 2.1); what is trained already goes on at the slower rate of
+# TrainingArguments.
+FRESH_LEARNING_RATE = 6e-4
+
+
+def check_installed() -> None:
+    """Raise an ImportError that says what to install, if a package is missing."""
+    for name in ("accelerate", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"training needs {name}; pip install 'hf_scratch_gpt[train]'")
+
+
+def is_saved(model: Model) -> bool:
+    """Whether `model` is the place of a saved model, and not the name of a preset."""
+    if isinstance(model, str):
+        return "/" in model or Path(model, "config.json").is_file()
+    return isinstance(model, os.PathLike)
+
+
+def load_tokenizer(tokenizer: Tokenizer | None, model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer, or else that of the saved model.
+
+    Raises:
+        ValueError: there is none, or it cannot be loaded.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    if tokenizer is None and isinstance(model, PreTrainedModel):
+        tokenizer = model.name_or_path or None
+    elif tokenizer is None and is_saved(model):
+        tokenizer = model
+    if tokenizer is None:
+        if isinstance(model, str):
+            ScratchGPTConfig.from_preset(model)  # a name that does not exist is the first to mend
+        raise ValueError(
+            "fresh weights come without a tokenizer; give tokenizer= a folder or a hub id, such as "
+            "'openai-community/gpt2'"
+        )
+    path = Path(tokenizer)
+    # A vocabulary in another layout than transformers', see ScratchGPTTokenizer.
+    is_bare = path.exists() and not any(
+        (path / name).is_file() for name in ("tokenizer_config.json", "config.json")
+    )
+    loader = ScratchGPTTokenizer if is_bare else AutoTokenizer
+    try:
+        return loader.from_pretrained(os.fspath(tokenizer))
+    except (OSError, ValueError) as error:
+        raise _cannot_load("tokenizer", tokenizer, error) from None
+
+
+def load_model(place: str | os.PathLike[str], dtype: Any = torch.float32) -> PreTrainedModel:
+    """Load a saved model; a GPT-2 in transformers' format is converted.
+
+    Args:
+        place: folder or hub id.
+        dtype: data type of the weights; "auto" for that of the saved ones.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    place = os.fspath(place)
+    try:
+        is_gpt2 = AutoConfig.from_pretrained(place).model_type == "gpt2"
+        loader = ScratchGPTForCausalLM if is_gpt2 else AutoModelForCausalLM
+        return loader.from_pretrained(place, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("model", place, error) from None
+
+
+def _cannot_load(what: str, place: str | os.PathLike[str], error: Exception) -> ValueError:
+    reason = str(error).strip().partition("\n")[0]
+    return ValueError(f"no {what} can be loaded from {os.fspath(place)!r}: {reason}")
+
+
+def load_start(
+    model: Model, tokenizer: PreTrainedTokenizerBase, overrides: Mapping[str, Any] | None
+) -> ScratchGPTConfig | PreTrainedModel:
+    """The configuration of fresh weights, or the model to go on with; see `train`.
+
+    Raises:
+        ValueError: there is no such preset or model, or the tokenizer has more tokens.
+    """
+    needed = vocabulary_size(tokenizer)
+    start: ScratchGPTConfig | PreTrainedModel
+    if isinstance(model, str) and not is_saved(model):
+        start = ScratchGPTConfig.from_preset(model, **(overrides or {}))
+        if not {"vocab_size", "n_vocab"} & {*(overrides or {})}:
+            start.vocab_size = min(start.vocab_size, needed)
+    elif overrides:
+        raise ValueError(f"overrides={dict(overrides)} are for presets; change the configuration")
+    elif isinstance(model, ScratchGPTConfig):
+        start = copy.deepcopy(model)
+    else:
+        start = model if isinstance(model, PreTrainedModel) else load_model(model)
+    if needed > (limit := config_of(start).vocab_size):
+        raise ValueError(
+            f"the tokenizer has {needed} tokens, the model {limit}; give the tokenizer that the "
+            f"model was made with, or a model with vocab_size={needed}"
+        )
+    if isinstance(start, ScratchGPTConfig):
+        start.bos_token_id = tokenizer.bos_token_id
+        start.eos_token_id = tokenizer.eos_token_id
+        padding = tokenizer.pad_token_id
+        start.pad_token_id = tokenizer.eos_token_id if padding is None else padding
+    return start
+
+
+def config_of(start: ScratchGPTConfig | PreTrainedModel) -> PretrainedConfig:
+    """The configuration of what `load_start` gives."""
+    return start.config if isinstance(start, PreTrainedModel) else start
+
+
+def check_block_size(block_size: int | None, config: PretrainedConfig) -> int:
+    """The size of a block, the number of positions if not given; a ValueError if it is above."""
+    limit = config.max_position_embeddings
+    if block_size is not None and block_size > limit:
+        raise ValueError(
+            f"block_size={block_size} exceeds the model's {limit} positions; give {limit} or less"
+        )
+    return limit if block_size is None else block_size
+
+
+def make_arguments(
+    output_dir: str | os.PathLike[str],
+    start: ScratchGPTConfig | PreTrainedModel,
+    validates: bool,
+    given: Mapping[str, Any],
+) -> TrainingArguments:
+    """`given` over our defaults over those of `TrainingArguments`."""
+    defaults = {**DEFAULTS, "eval_strategy": "steps" if validates else "no"}
+    if isinstance(start, ScratchGPTConfig):
+        defaults["learning_rate"] = FRESH_LEARNING_RATE
+    if importlib.util.find_spec("tensorboard") is not None:
+        defaults["report_to"] = "tensorboard"
+    # Without it, processes that torchrun started on CPUs would each train alone.
+    defaults["use_cpu"] = not torch.accelerator.is_available()
+    return TrainingArguments(output_dir=os.fspath(output_dir), **{**defaults, **given})
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Turn flags of a command line, such as `--learning-rate 1e-3`, into arguments of `train`.
+
+    Args:
+        flags: any of the fields of `TrainingArguments`, as its own command line takes them.
+
+    Raises:
+        ValueError: a flag does not exist, or its value does not fit.
+    """
+    parser = _Parser(TrainingArguments, allow_abbrev=False, add_help=False)
+    names = {field.name for field in fields(TrainingArguments)}
+    absent = object()
+    parser.set_defaults(**dict.fromkeys(names, absent))
+    given, unknown = parser.parse_known_args(list(flags))
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean --{nearest[0].replace('_', '-')}?" if nearest else ""
+        raise ValueError(f"{unknown[0]} is no argument of training{hint}")
+    return {name: value for name, value in vars(given).items() if value is not absent}

@@ -1,0 +1,379 @@
+"""The conversion command, end to end."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaConfig
+
+from hf_scratch_gpt import ScratchGPTForCausalLM
+from hf_scratch_gpt.checkpoints.convert import _name, main
+from hf_scratch_gpt.checkpoints.digests import sha256
+from hf_scratch_gpt.checkpoints.verify import main as verify
+from hf_scratch_gpt.files import new_folder
+
+from ..models import random_gpt2, random_ids
+
+
+@torch.no_grad()
+def test_openai_release_gives_openais_logits_through_conversion_and_reload(
+    openai_tiny, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert main([str(openai_tiny), str(out)]) == 0
+    assert "105,648 parameters" in capsys.readouterr().out
+    reference = np.load(openai_tiny / "reference_logits.npz")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    logits = model(torch.from_numpy(reference["input_ids"]).long()).logits.numpy()
+    np.testing.assert_allclose(logits, reference["logits"], atol=1e-5, rtol=0)
+
+
+def test_result_is_complete(openai_tiny, tmp_path):
+    assert main([str(openai_tiny), str(tmp_path / "out")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (tokenizer.eos_token_id, model.config.eos_token_id) == (399, 399)
+    assert model.generation_config.pad_token_id == 399
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 32
+    encoder = json.loads((openai_tiny / "encoder.json").read_text())
+    assert tokenizer.get_vocab() == encoder
+    assert not list(tmp_path.glob(".*"))
+
+
+@torch.no_grad()
+def test_transformers_gpt2_with_its_vocabulary(openai_tiny, tmp_path):
+    source = tmp_path / "source"
+    random_gpt2(vocab_size=400).save_pretrained(source)
+    shutil.copy(openai_tiny / "encoder.json", source / "vocab.json")
+    shutil.copy(openai_tiny / "vocab.bpe", source / "merges.txt")
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 400
+
+
+@torch.no_grad()
+def test_transformers_gpt2_without_a_vocabulary(gpt2_folder, tmp_path):
+    assert main([str(gpt2_folder), str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "vocab.json").exists()
+    ids = random_ids(2, 12)
+    expected = GPT2LMHeadModel.from_pretrained(gpt2_folder)(ids).logits
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_dtype(openai_tiny, tmp_path):
+    assert main([str(openai_tiny), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert ScratchGPTForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_existing_folder_needs_overwrite(openai_tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("keep me")
+    assert main([str(openai_tiny), str(out)]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "precious.txt").read_text() == "keep me"
+    assert main([str(openai_tiny), str(out), "--overwrite"]) == 0
+    assert not (out / "precious.txt").exists()
+    assert (out / "model.safetensors").exists()
+
+
+def damage_shard(folder):
+    shard = folder / "model.ckpt.data-00000-of-00001"
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+
+
+def cut_shard(folder):
+    shard = folder / "model.ckpt.data-00000-of-00001"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def damage_index(folder):
+    index = folder / "model.ckpt.index"
+    data = bytearray(index.read_bytes())
+    data[100] ^= 1
+    index.write_bytes(data)
+
+
+def lead_out_of_the_folder(folder):
+    (folder / "checkpoint").write_text('model_checkpoint_path: "../../etc/passwd"\n')
+
+
+def claim_another_size(folder):
+    hparams = json.loads((folder / "hparams.json").read_text())
+    (folder / "hparams.json").write_text(json.dumps({**hparams, "n_layer": 4}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (damage_shard, r"model\.ckpt\.data-00000-of-00001: model/\S+ does not match its checksum"),
+        (cut_shard, r"model\.ckpt\.data-00000-of-00001: model/wte ends at byte .* cut short"),
+        (damage_index, r"model\.ckpt\.index does not match its checksum"),
+        (lead_out_of_the_folder, r"checkpoint names no checkpoint beside it"),
+        (claim_another_size, r"lacks the tensors h\.3\.ln_1\.weight"),
+        (lambda folder: (folder / "vocab.bpe").unlink(), r"vocab\.bpe is missing"),
+    ],
+    ids=["flipped bit", "cut shard", "flipped index bit", "escape", "more layers", "no merges"],
+)
+@pytest.mark.parametrize("there", [False, True])
+def test_bad_sources_are_refused_and_leave_nothing(
+    spoil, message, there, openai_tiny, tmp_path, capsys, logged_warnings
+):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(openai_tiny, source)
+    spoil(source)
+    if there:
+        out.mkdir()
+        (out / "old.txt").write_text("old")
+    assert main([str(source), str(out), "--overwrite"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error), error
+    assert [path.name for path in tmp_path.iterdir() if path != source] == ["out"] * there
+    assert [path.name for path in out.glob("*")] == ["old.txt"] * there
+
+
+def test_another_kind_of_model_is_refused(tmp_path, capsys):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    assert main([str(tmp_path / "llama"), str(tmp_path / "out")]) == 1
+    assert "is a model of type 'llama'; only GPT-2" in capsys.readouterr().err
+
+
+def test_missing_source(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_conversion_leaves_nothing(openai_tiny, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_scratch_gpt.checkpoints.convert.verify", interrupt)
+    assert main([str(openai_tiny), str(tmp_path / "out")]) == 130
+    assert "nothing was changed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A folder that is there already."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    return folder
+
+
+def test_an_interrupt_while_the_old_folder_is_replaced_brings_it_back(
+    openai_tiny, old, tmp_path, monkeypatch
+):
+    rename, interrupts = Path.rename, [KeyboardInterrupt]
+
+    def interrupted(path, target):
+        if path.parent.suffix == ".unfinished" and interrupts:
+            raise interrupts.pop()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    assert main([str(openai_tiny), str(old), "--overwrite"]) == 130
+    assert not interrupts
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in old.iterdir()] == ["old.txt"]
+
+
+def test_a_folder_that_a_killed_command_put_aside_returns(openai_tiny, old, tmp_path, capsys):
+    old.rename(tmp_path / ".out-replaced")
+    assert main([str(openai_tiny), str(old)]) == 1
+    assert "out exists already" in capsys.readouterr().err
+    assert (old / "old.txt").read_text() == "old"
+    # The command may be killed after it, too: the new folder is there, the old one to be removed.
+    shutil.copytree(old, tmp_path / ".out-replaced")
+    assert main([str(openai_tiny), str(old), "--overwrite"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["out", "o[u]t", "*"])
+def test_only_what_is_abandoned_and_ones_own_is_removed(name, openai_tiny, tmp_path):
+    others = [f".{name}-medium-abcdefgh.unfinished", ".other-abcdefgh.unfinished", f".{name}-x"]
+    abandoned = f".{name}-abcdefgh.unfinished"
+    for folder in (*others, abandoned):
+        (tmp_path / folder / "out").mkdir(parents=True)
+    (tmp_path / abandoned / "lock").touch()
+    with new_folder(tmp_path / name) as complete:  # a conversion that goes on meanwhile
+        complete.mkdir()
+        assert main([str(openai_tiny), str(tmp_path / name)]) == 0
+        assert complete.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {*others, name}
+
+
+def test_a_source_in_the_folder_to_replace_is_refused(openai_tiny, tmp_path, capsys):
+    source = tmp_path / "out" / "source"
+    shutil.copytree(openai_tiny, source)
+    linked = tmp_path / "linked"
+    linked.symlink_to(source)
+    for arguments in (
+        [source, source],
+        [source, source.parent],
+        [linked, source],
+        [openai_tiny, source, "--tokenizer", source],
+    ):
+        assert main([*map(str, arguments), "--overwrite"]) == 1
+        assert "holds the source" in capsys.readouterr().err
+        assert (source / "hparams.json").exists()
+
+
+def test_places_of_the_result(openai_tiny, old, tmp_path, capsys, monkeypatch):
+    (tmp_path / "real").mkdir()
+    for link, target in (("link", "real"), ("dangling", "nowhere")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+        assert main([str(openai_tiny), str(tmp_path / link)]) == 0
+        assert (tmp_path / link).is_symlink()
+        assert (tmp_path / target / "model.safetensors").exists()
+    capsys.readouterr()
+    monkeypatch.chdir(old)
+    for place, message in ((".", "working dir"), ("..", "working dir"), ("old.txt", "is a file")):
+        assert main([str(openai_tiny), place, "--overwrite"]) == 1
+        assert message in capsys.readouterr().err
+    assert (old / "old.txt").exists()
+
+
+@pytest.mark.parametrize("size", ["1KB", "5KB", "12.5KB", "40KB"])
+def test_shards_smaller_than_a_tensor(size, gpt2_folder, tmp_path):
+    for name, options in (("whole", []), ("parts", ["--max-shard-size", size])):
+        assert main([str(gpt2_folder), str(tmp_path / name), *options]) == 0
+    files = list((tmp_path / "parts").glob("*.safetensors"))
+    parts = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    card = (tmp_path / "parts" / "README.md").read_text()
+    assert all(sha256(file) in card for file in files)
+    model = ScratchGPTForCausalLM.from_pretrained(tmp_path / "parts")
+    assert torch.equal(model.lm_head.weight, whole["model.embed_tokens.weight"])
+
+
+def test_a_shard_size_that_is_none(gpt2_folder, tmp_path, capsys):
+    assert main([str(gpt2_folder), str(tmp_path / "out"), "--max-shard-size", "abc"]) == 1
+    assert "'abc' is no size of a file; give one such as 5GB" in capsys.readouterr().err
+
+
+def test_generation_settings_stay(tmp_path, capsys):
+    model = random_gpt2()
+    settings = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 11, "pad_token_id": None}
+    model.generation_config.update(**settings)
+    model.save_pretrained(tmp_path / "source")
+    assert main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    generation = ScratchGPTForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert (generation.do_sample, generation.temperature, generation.max_new_tokens) == (
+        True,
+        0.7,
+        11,
+    )
+    assert generation.pad_token_id == model.config.pad_token_id
+    (tmp_path / "source" / "generation_config.json").write_text("{")
+    assert main([str(tmp_path / "source"), str(tmp_path / "bad")]) == 1
+    assert "generation_config.json" in capsys.readouterr().err
+
+
+def test_model_card_names_the_source_and_the_type(openai_tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(openai_tiny)
+    assert main([".", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Converted from `openai-tiny` (OpenAI release)" in card
+    assert "400 tokens, in bfloat16." in card
+    assert _name("124M") == "openai-community/gpt2"
+    assert _name("owner/name") == "owner/name"
+
+
+def test_termination_cleans_up(openai_tiny, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "conversion.convert_gpt2", str(openai_tiny), str(tmp_path / "out")],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(tmp_path.glob(".out-*.unfinished/out")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate()
+    assert process.returncode == 130, error
+    assert "stopped; nothing was changed" in error
+    assert not list(tmp_path.iterdir())
+
+
+def drop(tensors, config):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def add(tensors, config):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def reshape(tensors, config):
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(3, 3)
+
+
+def move_last_position(tensors, config):
+    tensors["model.embed_positions.weight"][-1, 0] += 5
+
+
+def shrink(tensors, config):
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    config |= {"vocab_size": 90, **tokens}
+
+
+def untie(tensors, config):
+    config["tie_word_embeddings"] = False
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop, "lacks the tensor model.layers.1.mlp.up_proj.weight"),
+        (add, "lm_head.weight has no place"),
+        (reshape, "up_proj.weight has shape [3, 3]"),
+        (move_last_position, "the conversion is wrong"),
+        (shrink, "embed_tokens.weight has shape [97, 32], and config.json asks for [90, 32]"),
+        (untie, "lacks the tensor lm_head.weight"),
+    ],
+)
+def test_verification_names_what_is_wrong(spoil, message, gpt2_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([str(gpt2_folder), str(out)]) == 0
+    tensors, config = (
+        load_file(out / "model.safetensors"),
+        json.loads((out / "config.json").read_text()),
+    )
+    spoil(tensors, config)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    assert verify([str(gpt2_folder), str(out)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_verification_names_damaged_files_and_another_size(gpt2_folder, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert main([str(gpt2_folder), str(out)]) == 0
+    random_gpt2(vocab_size=80, eos_token_id=5, bos_token_id=5, pad_token_id=5).save_pretrained(
+        other
+    )
+    assert verify([str(other), str(out)]) == 1
+    assert "has vocab_size=97, and" in capsys.readouterr().err
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert verify([str(gpt2_folder), str(out)]) == 1
+    assert "model.safetensors is no complete safetensors file" in capsys.readouterr().err

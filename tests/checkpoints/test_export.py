@@ -1,0 +1,151 @@
+"""The export command: what it refuses, and what it leaves."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel
+from hf_scratch_gpt.checkpoints.convert import main as convert
+from hf_scratch_gpt.checkpoints.export import main
+from hf_scratch_gpt.checkpoints.verify import gpt2_config
+
+from ..models import random_ids, random_model
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved model of ours."""
+    folder = tmp_path / "saved"
+    random_model(ScratchGPTForCausalLM).save_pretrained(folder)
+    return folder
+
+
+def change(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def spoil_value(tensors):
+    tensors[WEIGHT][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut, "model.safetensors is no complete safetensors file"),
+        (
+            lambda folder: change(folder, lambda tensors: tensors.pop(WEIGHT)),
+            f"lacks the tensor {WEIGHT}",
+        ),
+        (
+            lambda folder: change(folder, lambda tensors: tensors.update(extra=torch.ones(2))),
+            "extra has no place",
+        ),
+        (
+            lambda folder: change(folder, lambda tensors: tensors.update({WEIGHT: torch.ones(3)})),
+            f"{WEIGHT} has shape [3]",
+        ),
+        (
+            lambda folder: change(
+                folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].int()})
+            ),
+            f"{WEIGHT} holds torch.int32",
+        ),
+        (lambda folder: change(folder, spoil_value), f"{WEIGHT} holds NaN or infinity"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+    ],
+    ids=[
+        "cut",
+        "missing",
+        "extra",
+        "shape",
+        "kind",
+        "NaN",
+        "no config",
+        "bad config",
+        "no weights",
+    ],
+)
+def test_bad_models_are_refused_in_one_line(spoil, message, saved, tmp_path, capsys):
+    spoil(saved)
+    assert main([str(saved), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_other_kinds_of_model_are_refused(gpt2_folder, tmp_path, capsys):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+    llama.save_pretrained(tmp_path / "llama")
+    for source, kind in ((tmp_path / "llama", "llama"), (gpt2_folder, "gpt2")):
+        assert main([str(source), str(tmp_path / "out")]) == 1
+        assert f"is of a model of type '{kind}'" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    assert "nowhere/config.json is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", [ScratchGPTForCausalLM, ScratchGPTModel])
+def test_logits_and_generation_settings_stay(model_class, tmp_path):
+    model = random_model(model_class)
+    if model_class is ScratchGPTForCausalLM:
+        model.generation_config.update(do_sample=True, temperature=0.7)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert main([str(tmp_path / "saved"), str(tmp_path / "out")]) == 0
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = random_ids(2, 20)
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=0)
+    assert theirs.generation_config.temperature == ours.generation_config.temperature
+    assert theirs.generation_config.eos_token_id == ours.generation_config.eos_token_id
+
+
+def test_the_tokenizer_needs_none_of_our_code(openai_tiny, tmp_path):
+    assert convert([str(openai_tiny), str(tmp_path / "saved")]) == 0
+    assert main([str(tmp_path / "saved"), str(tmp_path / "out")]) == 0
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert not settings.keys() & {"auto_map", "is_local", "local_files_only"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(tokenizer).__module__.startswith("transformers.")
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_wrong_exports_are_noticed(saved, tmp_path, capsys, monkeypatch):
+    def lose_an_activation(config):
+        made = gpt2_config(config)
+        made.activation_function = "relu"
+        return made
+
+    monkeypatch.setattr("hf_scratch_gpt.checkpoints.export.gpt2_config", lose_an_activation)
+    assert main([str(saved), str(tmp_path / "out")]) == 1
+    assert "logits differ" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_existing_folders_need_overwrite_and_the_source_stays(saved, tmp_path, capsys):
+    assert main([str(saved), str(saved), "--overwrite"]) == 1
+    assert "holds the source" in capsys.readouterr().err
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    assert main([str(saved), str(out)]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([str(saved), str(out), "--overwrite"]) == 0
+    assert not (out / "old.txt").exists()

@@ -1,0 +1,253 @@
+"""Every format becomes the same model as by an independent implementation, and can leave again."""
+
+import json
+import shutil
+from hashlib import sha256
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2TokenizerFast
+
+from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
+from hf_scratch_gpt.checkpoints.convert import main
+from hf_scratch_gpt.checkpoints.export import main as export
+from hf_scratch_gpt.checkpoints.hf_gpt2 import read_hf_gpt2
+from hf_scratch_gpt.checkpoints.textbook import read_textbook
+from hf_scratch_gpt.checkpoints.verify import main as verify
+
+from ..models import random_gpt2
+from .checkpoints import (
+    HEADS,
+    LAYERS,
+    VOCABULARY,
+    WIDTH,
+    assert_converts,
+    assert_refused,
+    bare,
+    forward,
+    hf_source,
+    llmc,
+    nanogpt,
+    random_weights,
+    textbook,
+    with_masks,
+    write_source,
+)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt(bias, prefix, tmp_path):
+    weights = random_weights(bias)
+    nanogpt(tmp_path / "ckpt.pt", weights, bias, prefix)
+    model = assert_converts(tmp_path, tmp_path / "out", lambda ids: forward(weights, ids, "none"))
+    assert model.config.qkv_bias is bias
+
+
+def test_nanogpts_padding_is_cut_off(tmp_path, capsys):
+    weights = random_weights(vocabulary=50304)
+    nanogpt(tmp_path / "ckpt.pt", weights, vocabulary=50304)
+
+    def expected(ids):
+        return forward(weights, ids, "none")[..., :50257]
+
+    model = assert_converts(tmp_path / "ckpt.pt", tmp_path / "out", expected)
+    assert (model.config.vocab_size, model.config.eos_token_id) == (50257, 50256)
+    assert "last 47 rows: padding of the vocabulary" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_textbook(tied, qkv_bias, wrapped, tmp_path):
+    weights = random_weights()
+    if not qkv_bias:
+        for layer in range(LAYERS):
+            weights[f"{layer}.qkv.b"].zero_()
+    head = None if tied else torch.randn(VOCABULARY, WIDTH) * 0.2
+    textbook(tmp_path / "model.pth", weights, head, qkv_bias, wrapped)
+    model = assert_converts(
+        tmp_path / "model.pth",
+        tmp_path / "out",
+        lambda ids: forward(weights, ids, "tanh", head),
+        "--num-heads",
+        str(HEADS),
+    )
+    assert (model.config.tie_word_embeddings, model.config.qkv_bias) == (tied, qkv_bias)
+
+
+def test_textbook_heads_that_are_assumed_or_published(tmp_path, capsys):
+    state = {"tok_emb.weight": torch.zeros(3, 768), "pos_emb.weight": torch.zeros(4, 768)}
+    torch.save(state, tmp_path / "model.pth")
+    opened = read_textbook(str(tmp_path / "model.pth"))
+    assert opened.origin == "textbook state dict, 12 heads assumed from the width 768"
+    arguments = [str(tmp_path / "model.pth"), "--preset", "gpt2-medium"]
+    message = r"\S+model\.pth has 1 layers of width 768, and gpt2-medium has 24 of width 1024"
+    assert_refused(arguments, tmp_path / "out", message, capsys)
+
+
+@pytest.mark.parametrize("version", [3, 5])
+def test_llmc(version, tmp_path):
+    dtype = {3: torch.float32, 5: torch.bfloat16}[version]
+    weights = {name: tensor.to(dtype).float() for name, tensor in random_weights().items()}
+    llmc(tmp_path / "model.bin", weights, version)
+    model = assert_converts(
+        tmp_path / "model.bin", tmp_path / "out", lambda ids: forward(weights, ids, "tanh")
+    )
+    assert model.config.vocab_size == VOCABULARY
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert torch.equal(stored["model.layers.3.mlp.up_proj.weight"].float(), weights["3.fc.w"])
+
+
+def test_a_vocabulary_from_elsewhere(openai_tiny, tmp_path, capsys):
+    weights = random_weights(vocabulary=400)
+    nanogpt(tmp_path / "ckpt.pt", weights, vocabulary=400)
+    arguments = [str(tmp_path / "ckpt.pt"), str(tmp_path / "out"), "--tokenizer", str(openai_tiny)]
+    assert main(arguments) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 400
+    nanogpt(tmp_path / "small.pt", random_weights())
+    assert main([str(tmp_path / "small.pt"), str(tmp_path / "small"), *arguments[2:]]) == 1
+    assert "vocabulary has 400 tokens, and the model" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_round_trip_is_exact_and_the_export_is_gpt2s(openai_tiny, tmp_path):
+    assert main([str(openai_tiny), str(tmp_path / "ours")]) == 0
+    assert export([str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    assert main([str(tmp_path / "theirs"), str(tmp_path / "again")]) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "again"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+
+    ids = torch.randint(0, 400, (2, 20))
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "theirs")
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert isinstance(tokenizer, GPT2TokenizerFast)
+    assert (
+        tokenizer("Hello 😀").input_ids
+        == AutoTokenizer.from_pretrained(tmp_path / "ours")("Hello 😀").input_ids
+    )
+    assert verify([str(openai_tiny), str(tmp_path / "ours")]) == 0
+
+
+def test_export_of_an_untied_model_without_biases(tmp_path):
+    weights, head = random_weights(), torch.randn(VOCABULARY, WIDTH)
+    textbook(tmp_path / "model.pth", weights, head, qkv_bias=False)
+    assert main([str(tmp_path / "model.pth"), str(tmp_path / "ours"), "--num-heads", "2"]) == 0
+    assert export([str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    ids = torch.randint(0, VOCABULARY, (2, 20))
+    with torch.no_grad():
+        expected = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")(ids).logits
+        logits = GPT2LMHeadModel.from_pretrained(tmp_path / "theirs")(ids).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_verification_notices_another_model(openai_tiny, tmp_path, capsys):
+    assert main([str(openai_tiny), str(tmp_path / "out")]) == 0
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"] += 0.01
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert verify([str(openai_tiny), str(tmp_path / "out")]) == 1
+    assert "the conversion is wrong" in capsys.readouterr().err
+
+
+def test_a_file_without_checksum_is_said_to_be_trusted(tmp_path, capsys):
+    llmc(tmp_path / "model.bin", random_weights())
+    assert main([str(tmp_path / "model.bin"), str(tmp_path / "out")]) == 0
+    assert "model.bin has no checksum" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_pickles_from_before_archives(tmp_path):
+    random_gpt2(n_layer=LAYERS).save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    old = path.with_name("pytorch_model.bin")
+    torch.save(load_file(path), old, _use_new_zipfile_serialization=False)
+    expected = GPT2LMHeadModel.from_pretrained(tmp_path / "source")
+    path.unlink()
+    assert_converts(tmp_path / "source", tmp_path / "out", lambda ids: expected(ids).logits)
+
+
+def test_shards(gpt2_folder, tmp_path):
+    assert main([str(gpt2_folder), str(tmp_path / "one")]) == 0
+    assert main([str(gpt2_folder), str(tmp_path / "many"), "--max-shard-size", "100KB"]) == 0
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    card = (tmp_path / "many" / "README.md").read_text()
+    for name in files:
+        assert f"`{sha256((tmp_path / 'many' / name).read_bytes()).hexdigest()}`" in card
+    one = ScratchGPTForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    many = ScratchGPTForCausalLM.from_pretrained(tmp_path / "many").state_dict()
+    assert one.keys() == many.keys()
+    assert all(torch.equal(many[name], tensor) for name, tensor in one.items())
+
+
+def test_weights_are_laid_out_as_the_library_does(gpt2_folder, tmp_path):
+    assert main([str(gpt2_folder), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    model = ScratchGPTForCausalLM.from_pretrained(gpt2_folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    theirs = load_file(tmp_path / "saved" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_mixed_data_types_lose_nothing(tmp_path):
+    def halve(state, name):
+        state[name] = state[name].half()
+
+    arguments = write_source("hf", tmp_path / "source", halve)
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", [dict, bare, with_masks])
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "sharded safetensors", "sharded bin"])
+def test_forms_of_transformers_gpt2(layout, form, tmp_path, logged_warnings):
+    theirs = hf_source(tmp_path / "source", layout, form)
+    assert_converts(tmp_path / "source", tmp_path / "out", lambda ids: theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_a_head_that_differs_is_kept_though_the_config_ties_it(tmp_path, logged_warnings):
+    def untie(tensors):
+        return tensors | {"lm_head.weight": torch.randn(97, 32) * 0.2}
+
+    theirs = hf_source(tmp_path / "source", "safetensors", untie)
+    assert theirs.config.tie_word_embeddings
+    model = assert_converts(tmp_path / "source", tmp_path / "out", lambda ids: theirs(ids).logits)
+    assert not model.config.tie_word_embeddings
+
+
+def test_special_tokens_come_from_the_vocabulary(openai_tiny, tmp_path):
+    random_gpt2(
+        vocab_size=400, bos_token_id=5, eos_token_id=None, pad_token_id=None
+    ).save_pretrained(tmp_path)
+    for theirs, ours in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copy(openai_tiny / theirs, tmp_path / ours)
+    opened = read_hf_gpt2(str(tmp_path))
+    config = opened.config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (5, 399, 399)
+    assert opened.tokenizer.model_max_length == config.max_position_embeddings
+    tokenizer = ScratchGPTTokenizer.from_pretrained(openai_tiny, model_max_length=7)
+    opened.adopt(tokenizer)
+    assert (opened.tokenizer, tokenizer.model_max_length) == (tokenizer, 7)
+
+
+@torch.no_grad()
+def test_a_kernel_that_is_not_here_stops_no_conversion(gpt2_folder, tmp_path):
+    theirs = GPT2LMHeadModel.from_pretrained(gpt2_folder)
+    shutil.copytree(gpt2_folder, tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    fields = json.loads(path.read_text()) | {"attn_implementation": "flash_attention_2"}
+    path.write_text(json.dumps(fields))
+    assert_converts(tmp_path / "source", tmp_path / "out", lambda ids: theirs(ids).logits)

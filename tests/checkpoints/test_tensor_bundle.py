@@ -1,0 +1,86 @@
+"""The reader of TensorFlow checkpoints, on the index of OpenAI's real release."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hf_scratch_gpt.checkpoints.convert import main
+from hf_scratch_gpt.checkpoints.tensor_bundle import TensorBundle
+
+from .releases import field, table, write_release
+
+
+@pytest.fixture
+def release() -> Path:
+    folder = os.environ.get("GPT2_RELEASE_DIR")
+    if not folder:
+        pytest.skip("GPT2_RELEASE_DIR does not name the folder of OpenAI's 117M release")
+    return Path(folder)
+
+
+def test_index_of_the_real_release(release):
+    shapes = TensorBundle(release / "model.ckpt").shapes
+    assert len(shapes) == 148
+    assert shapes["model/wte"] == (50257, 768)
+    assert shapes["model/h11/attn/c_attn/w"] == (1, 768, 2304)
+    sizes = []
+    for shape in shapes.values():
+        size = 1
+        for length in shape:
+            size *= length
+        sizes.append(size)
+    assert sum(sizes) == 124_439_808
+
+
+def test_missing_shard_is_named(release):
+    with pytest.raises(
+        ValueError, match="data-00000-of-00001 is missing, and model/wte lies in it"
+    ):
+        TensorBundle(release / "model.ckpt").tensor("model/wte")
+
+
+def test_tensors_of_the_tiny_release(openai_tiny):
+    bundle = TensorBundle(openai_tiny / "model.ckpt")
+    assert len(bundle.shapes) == 3 * 12 + 4
+    for name, shape in bundle.shapes.items():
+        assert tuple(bundle.tensor(name).shape) == shape
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"x" * 100], ids=["empty", "short", "text"])
+def test_a_file_that_is_no_index(content, tmp_path):
+    (tmp_path / "model.ckpt.index").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.ckpt.index does not end like"):
+        TensorBundle(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("number", [700_000_000, 2**62])
+def test_a_number_in_place_of_a_dimension(number, tmp_path):
+    entry = field(1, 1) + field(2, field(2, number))
+    (tmp_path / "model.ckpt.index").write_bytes(table([(b"", field(1, 1)), (b"a", entry)]))
+    with pytest.raises(ValueError, match=r"model.ckpt.index is damaged: a dimension of a tensor"):
+        TensorBundle(tmp_path / "model.ckpt")
+
+
+def test_an_index_far_too_large_is_not_read(openai_tiny, tmp_path):
+    data = (openai_tiny / "model.ckpt.index").read_bytes()
+    with (tmp_path / "model.ckpt.index").open("wb") as file:
+        file.seek(1 << 40)  # a file with a hole
+        file.write(data)
+    with pytest.raises(ValueError, match=r"model.ckpt.index has \d+ bytes; the index of a GPT-2"):
+        TensorBundle(tmp_path / "model.ckpt")
+
+
+def test_a_release_in_several_shards(openai_tiny, tmp_path):
+    sizes = dict(n_vocab=400, n_ctx=32, n_embd=48, n_head=4, n_layer=12)
+    weights = []
+    for num_shards in (1, 3):
+        release, out = tmp_path / f"release{num_shards}", tmp_path / f"out{num_shards}"
+        write_release(release, openai_tiny, sizes, num_shards=num_shards)
+        assert len(list(release.glob("*.data-*"))) == num_shards
+        assert main([str(release), str(out)]) == 0
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    (tmp_path / "release3" / "model.ckpt.data-00001-of-00003").unlink()
+    assert main([str(tmp_path / "release3"), str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,165 @@
+"""`hf-scratch-gpt info`: what the table and the JSON say, and how errors end."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, sizing
+from hf_scratch_gpt.cli import app as cli
+from hf_scratch_gpt.model.configuration_scratch_gpt import PRESET_ALIASES, PRESETS
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line in a terminal of 80 columns; its exit code, output and errors."""
+
+    def call(*arguments: object, columns: int = 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sys, "argv", ["hf-scratch-gpt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return exit_.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_table_of_three_models_fits_80_columns_with_numbers_in_line(run):
+    code, out, err = run("info", "gpt2", "gpt2-xl", "gpt3", "--tokens", "300e9", "--flops", "28e12")
+    assert (code, err) == (0, "")
+    lines = [line.rstrip() for line in out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    rows = {" ".join(line[:24].split()): line for line in lines}
+    assert rows["total"].split()[1:] == ["124,439,808", "1,557,611,200", "174,604,259,328"]
+    assert rows["int8"].split()[1:] == ["MiB", "118.7", "1,485.5", "166,515.6"]
+    assert rows["by 6N"].endswith("355.7 years")
+    numbers = [line for line in lines[2:] if line.startswith("  ")]
+    assert len(numbers) == 30
+    assert len({len(line) for line in numbers}) == 1
+
+
+def test_more_models_than_fit_are_shown_in_several_tables(run):
+    code, out, _ = run("info", "gpt2", "gpt2-medium", "gpt3", columns=52)
+    assert code == 0
+    assert max(len(line.rstrip()) for line in out.splitlines()) <= 52
+    assert out.count("token embedding") == 3
+    assert all(total in out for total in ("124,439,808", "354,823,168", "174,604,259,328"))
+
+
+def test_json_is_what_sizing_computes(run):
+    names = ["355M", "gpt3-xl"]
+    options = ["--batch-size", 3, "--length", 100, "--tokens", "1e9", "--flops", "2e12"]
+    code, out, err = run("info", "--json", *names, *options)
+    assert (code, err) == (0, "")
+    listed = json.loads(out)
+    assert [entry["name"] for entry in listed] == names
+    for entry in listed:
+        config = ScratchGPTConfig.from_preset(entry["name"])
+        counts = sizing.count_parameters(config)
+        assert entry["parameters"]["total"] == counts.total
+        assert entry["parameters"]["attention"] == counts.attention
+        assert entry["storage_bytes"]["bfloat16"] == 2 * counts.total
+        cached = sizing.kv_cache_bytes(config)
+        assert entry["kv_cache_bytes_per_token"] == {"float32": cached, "bfloat16": cached // 2}
+        cached *= config.max_position_embeddings
+        assert entry["kv_cache_bytes_full_context"]["float32"] == cached
+        training = sizing.training_flops_per_token(config, 100)
+        assert entry["flops_per_token"]["training"] == training
+        assert entry["training_step"] == {"texts": 3, "tokens_of_a_text": 100}
+        memory = entry["training_memory_bytes"]
+        assert memory["peak"] == sizing.training_memory(config, 3, 100).peak
+        checkpointed = sizing.training_memory(config, 3, 100, checkpointing=True)
+        assert memory["peak_if_checkpointed"] == checkpointed.peak
+        assert entry["training_seconds"]["by_training_flops"] == training * 1e9 / 2e12
+        assert entry["training_seconds"]["by_6N"] == 6 * counts.total * 1e9 / 2e12
+
+
+def test_every_preset_is_known(run):
+    names = [*PRESETS, *PRESET_ALIASES]
+    code, out, _ = run("info", "--json", *names)
+    assert code == 0
+    totals = {entry["name"]: entry["parameters"]["total"] for entry in json.loads(out)}
+    assert list(totals) == names
+    assert all(totals[alias] == totals[preset] for alias, preset in PRESET_ALIASES.items())
+
+
+@pytest.mark.parametrize("fixture", ["saved_model", "gpt2_folder"])
+def test_folders_of_our_models_and_of_gpt2_are_read(fixture, run, request):
+    folder = request.getfixturevalue(fixture)
+    code, out, _ = run("info", "--json", folder)
+    assert code == 0
+    model = ScratchGPTForCausalLM.from_pretrained(folder)
+    assert json.loads(out)[0]["parameters"]["total"] == model.num_parameters()
+    code, out, _ = run("info", folder)
+    assert code == 0
+    assert f"{model.num_parameters():,}" in out
+    assert max(len(line.rstrip()) for line in out.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpt2-mediun"], r"'gpt2-mediun'; did you mean gpt2-medium"),
+        (["no/such"], r"no folder no/such, and no such model.*Hub"),
+        (["a/b/c"], r"no folder a/b/c"),
+        (["./absent"], r"no folder ./absent"),
+        (["/absent/too"], r"no folder /absent/too"),
+        (["gpt2", "--length", 1025], r"length=1025.*1024 positions"),
+        (["gpt2", "--batch-size", 0], r"batch_size=0.*below 1"),
+        (["gpt2", "--tokens", "1e9"], r"--flops.*both or neither"),
+        (["gpt2", "--tokens", "1e9", "--flops", "-1"], r"flops_per_second=-1.0"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, message, run):
+    code, out, err = run("info", *arguments)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", err), err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"holds no config.json"),
+        (b'{"model_type": "gpt2", ', r"config.json' is not a valid JSON file"),
+        (b"\xff\xfe\x00", r"config.json' is not a valid JSON file"),
+        (b"[]", r"type None; give one of type 'scratch_gpt' or 'gpt2'"),
+        (b'{"model_type": "bert"}', r"type 'bert'; give"),
+        (b'{"model_type": "gpt2", "n_embd": "wide"}', r"not valid.*'hidden_size' expected int"),
+        (b'{"model_type": "gpt2", "n_embd": 10, "n_head": 3}', r"hidden_size=10"),
+    ],
+)
+def test_folders_without_a_gpt_are_refused_in_one_line(content, message, run, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    code, out, err = run("info", tmp_path)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", err), err
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "gpt2", "--flops", "fast"], ["inform"]])
+def test_usage_errors_exit_with_code_2(arguments, run):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: " in err
+
+
+@pytest.mark.parametrize("command", [[], ["info"]])
+def test_help_fits_one_screen(command, run):
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    lines = out.rstrip().splitlines()
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+
+
+def test_module_runs_and_shows_no_traceback():
+    command = [sys.executable, "-m", "hf_scratch_gpt", "info"]
+    shown = subprocess.run([*command, "124M"], capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "124,439,808" in shown.stdout
+    refused = subprocess.run([*command, "gpt4"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert re.fullmatch(r"error: no preset is called 'gpt4'[^\n]*\n", refused.stderr)

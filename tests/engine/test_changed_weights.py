@@ -1,0 +1,179 @@
+"""What has been optimized for generation, and is changed all the same."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.utils import prune
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
+from hf_scratch_gpt.engine.one_token import can_compute
+
+from ..models import random_ids, random_model
+
+
+def saved(folder, seed):
+    torch.manual_seed(seed)
+    random_model(ScratchGPTForCausalLM).save_pretrained(folder / str(seed))
+    return ScratchGPTForCausalLM.from_pretrained(folder / str(seed)).eval()
+
+
+def assigned(model, folder):
+    """All weights replaced by others that are as fresh."""
+    model.load_state_dict(saved(folder, 9).state_dict(), assign=True)
+    model.tie_weights()
+    return model
+
+
+def replaced(model, folder):
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach() + 1)
+    return model
+
+
+def moved_there_and_back(model, folder):
+    return model.to(torch.bfloat16).float()
+
+
+def pruned(model, folder):
+    prune.l1_unstructured(model.model.layers[1].self_attn.v_proj, "weight", 0.5)
+    return model
+
+
+def merged(model, folder):
+    torch.manual_seed(5)
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):  # PEFT asks by an old name
+        return get_peft_model(model, config).merge_and_unload()
+
+
+def written_to(model, folder):
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[3, 4] += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    "change", [assigned, replaced, moved_there_and_back, pruned, merged, written_to]
+)
+@torch.no_grad()
+def test_the_new_weights_are_used(change, tmp_path):
+    model, ids = saved(tmp_path, 1), random_ids(2, 7)
+    before = model(ids).logits
+    fast = optimize_for_generation(copy.deepcopy(model))
+    expected = change(model, tmp_path)(ids).logits
+    assert (expected - before).abs().max() > 1e-4
+    torch.testing.assert_close(change(fast, tmp_path)(ids).logits, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_tensors_of_another_kind_are_left_to_torch(when):
+    model, ids = random_model(ScratchGPTForCausalLM, tie_word_embeddings=False), random_ids(1, 7)
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    if when == "after":
+        optimize_for_generation(model)
+    layer = model.model.layers[1].mlp.up_proj
+    half = layer.weight.detach()
+    layer.weight = nn.Parameter(TwoTensor(half, half.clone()), requires_grad=False)
+    if when == "before":
+        optimize_for_generation(model)
+    assert not can_compute(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_int8_is_neither_saved_nor_loaded(tmp_path):
+    model = random_model(ScratchGPTForCausalLM)
+    weights = model.state_dict()
+    fast = optimize_for_generation(copy.deepcopy(model), "int8")
+    ids = random_ids(1, 9)
+    expected = fast(ids).logits
+    for save_or_load in (
+        lambda: fast.model.save_pretrained(tmp_path),
+        lambda: fast.state_dict(),
+        lambda: fast.load_state_dict(weights, strict=False),
+    ):
+        with pytest.raises(ValueError, match=r"in int8; .* before"):
+            save_or_load()
+    assert torch.equal(fast(ids).logits, expected)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_int8_scales_keep_their_digits():
+    model = random_model(ScratchGPTForCausalLM)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight *= 1e-5
+    fast, ids = optimize_for_generation(copy.deepcopy(model), "int8"), random_ids(1, 9)
+    layer, before = fast.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 32)
+    expected = layer(x)
+    fast.half()
+    assert layer.weight_scale.dtype == torch.float32
+    torch.testing.assert_close(layer(x.half()).float(), expected, atol=1e-2, rtol=1e-2)
+    assert (before(x) - before.bias).abs().max() < 1e-3
+    assert fast(ids).logits.isfinite().all()
+
+
+def test_a_layer_of_somebody_elses():
+    """It need not know what the last block is told."""
+
+    class Strict(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, hidden_states, attention_mask=None, cache=None, position_ids=None):
+            return self.block(
+                hidden_states,
+                attention_mask,
+                cache=cache,
+                position_ids=position_ids,
+            )
+
+    model, ids = random_model(ScratchGPTForCausalLM), random_ids(1, 7)
+    model.model.layers[0] = Strict(model.model.layers[0])
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    optimize_for_generation(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_a_model_with_its_own_code_shows_all_hidden_states(tmp_path):
+    model, ids = random_model(ScratchGPTForCausalLM), random_ids(1, 7)
+    model.save_pretrained(tmp_path)
+    name = "modeling_scratch_gpt.ScratchGPTForCausalLM"
+    kind = get_class_from_dynamic_module(name, str(tmp_path))
+    assert kind is not ScratchGPTForCausalLM
+    remote = kind.from_pretrained(tmp_path)
+    fast = optimize_for_generation(remote.eval())
+    expected = model(ids, output_hidden_states=True).hidden_states
+    found = fast(ids, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected) == 4
+    for own_state, state in zip(found, expected, strict=True):
+        torch.testing.assert_close(own_state, state, atol=1e-5, rtol=0)
+    by_generate = fast.generate(
+        ids,
+        max_new_tokens=3,
+        do_sample=False,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    assert [len(states) for states in by_generate.hidden_states] == [4, 4, 4]
+
+
+def test_training_after_all_drops_in_the_last_block_too():
+    model, ids = random_model(ScratchGPTForCausalLM, hidden_dropout=0.5), random_ids(1, 7)
+    optimize_for_generation(model).train()
+    with torch.no_grad():
+        first, second = (model(ids, logits_to_keep=1).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    block = model.model.layers[-1]
+    for layer in (*model.model.layers[:-1], model.model.dropout, block.mlp):
+        layer.eval()
+    with torch.no_grad():
+        first, second = (model(ids, logits_to_keep=1).logits for _ in range(2))
+    assert not torch.equal(first, second)

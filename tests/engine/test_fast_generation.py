@@ -1,0 +1,425 @@
+"""What is optimized for generation writes what the model wrote before."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
+
+from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
+from hf_scratch_gpt.engine.half import is_slow
+from hf_scratch_gpt.engine.one_token import ATTENTION, OneToken
+
+from ..models import SMALL_CACHE, random_ids, random_model
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model, and a copy of it that has been optimized."""
+    torch.manual_seed(0)
+    model = random_model(ScratchGPTForCausalLM).eval()
+    model.generation_config.eos_token_id = None
+    return model, optimize_for_generation(copy.deepcopy(model))
+
+
+def write(model, ids, count=12, **arguments):
+    set_seed(1)
+    mask = torch.ones_like(ids)
+    return model.generate(
+        ids, **{"attention_mask": mask, "max_new_tokens": count, "pad_token_id": 0} | arguments
+    )
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """One entry for each token that the C++ reads."""
+    taken, read = [], OneToken._read
+    monkeypatch.setattr(OneToken, "_read", lambda *given: taken.append(1) or read(*given))
+    return taken
+
+
+WAYS = {
+    "greedy": dict(do_sample=False),
+    "sampling": dict(do_sample=True, top_k=20),
+    "repetition penalty": dict(do_sample=False, repetition_penalty=1.5),
+    "beams": dict(do_sample=False, num_beams=3),
+    "no cache": dict(do_sample=False, use_cache=False),
+    "static cache": dict(do_sample=False, cache_implementation="static"),
+    "prompt lookup": dict(do_sample=False, prompt_lookup_num_tokens=3),
+    "two of each": dict(do_sample=True, num_return_sequences=2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_ids(models, way, steps):
+    ids = random_ids(1, 7)
+    before, after = (write(model, ids, **WAYS[way]) for model in models)
+    assert after.tolist() == before.tolist()
+    assert after.shape[1] > 7
+    by_steps = ("greedy", "sampling", "repetition penalty")
+    assert len(steps) == (11 if way in by_steps else 0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 20])
+def test_other_prompts(models, length):
+    ids = random_ids(1, length)
+    before, after = (write(model, ids, do_sample=False) for model in models)
+    assert after.tolist() == before.tolist()
+
+
+def test_models_side_by_side(models):
+    ids = random_ids(1, 6)
+    write(models[1], ids, do_sample=False)
+    other = random_model(ScratchGPTForCausalLM, num_hidden_layers=2, hidden_size=48).eval()
+    expected = write(other, ids, do_sample=False)
+    assert write(optimize_for_generation(other), ids, do_sample=False).tolist() == expected.tolist()
+    copied = copy.deepcopy(models[1])
+    assert write(copied, ids, do_sample=False).tolist() == (
+        write(models[0], ids, do_sample=False).tolist()
+    )
+
+
+def test_four_threads_at_once(models):
+    prompts = [random_ids(1, length) for length in (5, 6, 7, 8)]
+    expected = [write(models[0], ids, do_sample=False).tolist() for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        written = pool.map(lambda ids: write(models[1], ids, do_sample=False).tolist(), prompts)
+    assert list(written) == expected
+
+
+def test_in_other_modes():
+    model = random_model(ScratchGPTForCausalLM).eval()
+    ids = random_ids(1, 6)
+    expected = write(model, ids, do_sample=False).tolist()
+    fast = optimize_for_generation(copy.deepcopy(model))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before, after = (write(each, ids, do_sample=False).tolist() for each in (model, fast))
+        assert after == before
+    with torch.inference_mode():
+        assert write(fast, ids, do_sample=False).tolist() == expected
+    assert write(fast, ids, do_sample=False).tolist() == expected
+
+
+def test_made_or_optimized_in_inference_mode():
+    ids = random_ids(1, 6)
+    with torch.inference_mode():
+        made_there = random_model(ScratchGPTForCausalLM).eval()
+    expected = write(made_there, ids, do_sample=False).tolist()
+    assert write(optimize_for_generation(made_there), ids, do_sample=False).tolist() == expected
+    model = random_model(ScratchGPTForCausalLM).eval()
+    expected = write(model, ids, do_sample=False).tolist()
+    with torch.inference_mode():
+        optimize_for_generation(model)
+    assert write(model, ids, do_sample=False).tolist() == expected
+    model.lm_head.weight.sum().backward()
+
+
+def test_a_cache_that_is_given_is_filled(models):
+    ids = random_ids(1, 6)
+    caches = [DynamicCache(config=model.config) for model in models]
+    for model, cache in zip(models, caches, strict=True):
+        write(model, ids, do_sample=False, cache=cache)
+    assert caches[1].get_seq_length() == caches[0].get_seq_length() > 6
+    for before, after in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close(after.keys, before.keys, atol=1e-5, rtol=1e-5)
+
+
+def test_several_texts_with_padding(models):
+    ids = random_ids(3, 8)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for rows in (3, 1):  # one padded text goes the plain way too
+        before, after = (
+            write(model, ids[:rows], do_sample=False, attention_mask=mask[:rows])
+            for model in models
+        )
+        assert after.tolist() == before.tolist()
+
+
+def test_to_the_last_position_and_not_past_it(models, logged_warnings):
+    limit = models[0].config.max_position_embeddings
+    ids = random_ids(1, limit - 4)
+    before, after = (write(model, ids, count=4, do_sample=False) for model in models)
+    assert after.tolist() == before.tolist()
+    for model in models:
+        with pytest.raises(ValueError, match=f"{limit + 1} tokens exceed the model's {limit}"):
+            write(model, ids, count=6, do_sample=False)
+
+
+def test_end_of_text_and_streamer(models):
+    ids = random_ids(1, 6)
+    whole = write(models[0], ids, do_sample=False)
+    end = whole[0, 9].item()
+    assert write(models[1], ids, do_sample=False, eos_token_id=end).tolist() == (
+        write(models[0], ids, do_sample=False, eos_token_id=end).tolist()
+    )
+
+    class Watcher(TextStreamer):
+        def __init__(self):
+            self.seen = []
+
+        def put(self, value):
+            self.seen += value.flatten().tolist()
+
+        def end(self):
+            self.seen.append("end")
+
+    watcher = Watcher()
+    write(models[1], ids, do_sample=False, streamer=watcher)
+    assert watcher.seen == [*whole[0].tolist(), "end"]
+
+
+def test_dictionaries_and_positions_given(models):
+    ids = random_ids(1, 6)
+    arguments = dict(do_sample=False, return_dict_in_generate=True, output_scores=True)
+    before, after = (write(model, ids, **arguments) for model in models)
+    assert after.sequences.tolist() == before.sequences.tolist()
+    torch.testing.assert_close(after.scores, before.scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_scores_of_another_type_and_with_ties(models, dtype, steps):
+    """What a caller's own function makes of the scores; the first of the best is taken."""
+    processors = [lambda ids, scores: scores.to(dtype).round(decimals=1)]
+    ids = random_ids(1, 6)
+    before, after = (
+        write(model, ids, do_sample=False, logits_processor=processors) for model in models
+    )
+    assert after.tolist() == before.tolist()
+    assert len(steps) == 11
+
+
+def test_logits_of_a_text(models):
+    """Without `generate`, and with weights packed for oneDNN."""
+    ids = random_ids(2, 16)
+    with torch.no_grad():
+        before, after = (model(ids).logits for model in models)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_unit", [True, False])
+def test_bfloat16(has_unit, monkeypatch):
+    """Beside a matrix unit, or without instructions for it, attention stays torch's."""
+    monkeypatch.setattr("hf_scratch_gpt.engine.generation.HAS_MATRIX_UNIT", has_unit)
+    model = random_model(ScratchGPTForCausalLM).eval().to(torch.bfloat16)
+    fast = optimize_for_generation(copy.deepcopy(model))
+    of_torch = has_unit or is_slow(torch.bfloat16)
+    assert fast.config._attn_implementation == ("sdpa" if of_torch else ATTENTION)
+    ids = random_ids(1, 6)
+    after = write(fast, ids, do_sample=False)
+    # Rounding may choose another token where two are as good; the scores say so.
+    with torch.no_grad():
+        scores = model.float()(after).logits[0, 5:-1]
+    chosen = scores.gather(1, after[0, 6:, None])[:, 0]
+    assert (scores.max(-1).values - chosen).max() < 0.05
+
+
+def test_saves_as_before(models, tmp_path):
+    model, fast = models
+    fast.save_pretrained(tmp_path)
+    loaded = ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.architectures == ["ScratchGPTForCausalLM"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_errors(models):
+    with pytest.raises(ValueError, match="optimized already"):
+        optimize_for_generation(models[1])
+    with pytest.raises(ValueError, match="training mode"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).train())
+    with pytest.raises(ValueError, match="cannot generate"):
+        optimize_for_generation(ScratchGPTModel(models[0].config).eval())
+    with pytest.raises(ValueError, match="'int3' is no format; give one of int8, int4, fp8"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int3")
+    with pytest.raises(ValueError, match="'int4' needs a GPU; give 'int8'"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int4")
+    with pytest.raises(ValueError, match="on the device meta, without numbers; load its weights"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval().to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapted_model_is_told_what_to_give():
+    adapted = get_peft_model(random_model(ScratchGPTForCausalLM), LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"holds the model apart; give model.merge_and_unload()"):
+        optimize_for_generation(adapted.eval())
+    optimize_for_generation(adapted.merge_and_unload())
+
+
+def test_a_mask_of_another_shape_is_an_error_as_before(models):
+    for model in models:
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            write(model, random_ids(1, 6), attention_mask=torch.ones(2, 6), do_sample=False)
+
+
+def test_int8_keeps_the_probabilities():
+    model = random_model(ScratchGPTForCausalLM).eval()
+    fast = optimize_for_generation(copy.deepcopy(model), weights="int8")
+    ids = random_ids(1, 24)
+    with torch.no_grad():
+        before, after = (m(ids, labels=ids).loss for m in (model, fast))
+    assert 0 < abs(after - before) / before < 0.01
+    for rows in (1, 3):
+        assert write(fast, random_ids(rows, 6), do_sample=False).shape == (rows, 18)
+    with pytest.raises(ValueError, match="save the model before"):
+        fast.save_pretrained("nowhere")
+
+
+def test_int8_weights_are_the_nearest():
+    model = random_model(ScratchGPTForCausalLM).eval()
+    exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimize_for_generation(model, weights="int8")
+    for name in ("model.layers.0.mlp.up_proj", "lm_head"):
+        layer = model.get_submodule(name)
+        difference = layer.weight * layer.weight_scale[:, None] - exact[f"{name}.weight"]
+        assert (difference.abs() <= layer.weight_scale[:, None] * 0.5001).all()
+        assert (layer.weight.abs().amax(1) == 127).all()
+    assert torch.equal(model.model.embed_tokens.weight, exact["model.embed_tokens.weight"])
+
+
+class Doubled(torch.nn.Module):
+    """A feed-forward that no C++ knows."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def double_by_hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def double_by_module(model):
+    model.model.layers[1].mlp = Doubled(model.model.layers[1].mlp)
+
+
+def double_by_method(model):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x, forward=mlp.forward: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change", [double_by_hook, double_by_module, double_by_method])
+def test_changed_models_go_the_ordinary_way(models, change, steps):
+    changed, fast = (copy.deepcopy(model) for model in models)
+    ids = random_ids(1, 6)
+    change(changed)
+    expected = write(changed, ids, do_sample=False)
+    assert expected.tolist() != write(fast, ids, do_sample=False).tolist()
+    change(fast)
+    steps.clear()
+    assert write(fast, ids, do_sample=False).tolist() == expected.tolist()
+    assert not steps
+
+
+class ShiftedForCausalLM(ScratchGPTForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, **kwargs)
+        outputs.logits = outputs.logits.roll(1, -1)
+        return outputs
+
+
+class Tripled(torch.nn.Linear):
+    def forward(self, input):
+        return -3 * super().forward(input)
+
+
+def with_a_linear_of_its_own(model):
+    up_proj = model.model.layers[0].mlp.up_proj
+    own = Tripled(up_proj.in_features, up_proj.out_features)
+    own.load_state_dict(up_proj.state_dict())
+    model.model.layers[0].mlp.up_proj = own
+    return model
+
+
+def with_a_parametrization(model):
+    up_proj = model.model.layers[0].mlp.up_proj
+    torch.nn.utils.parametrize.register_parametrization(up_proj, "weight", torch.nn.Tanh())
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_a_linear_of_its_own,
+        with_a_parametrization,
+        lambda model: ShiftedForCausalLM(model.config),
+    ],
+    ids=["linear", "parametrization", "class"],
+)
+def test_classes_of_others(change, steps):
+    model = change(random_model(ScratchGPTForCausalLM)).eval()
+    ids = random_ids(1, 6)
+    expected = write(model, ids, do_sample=False).tolist()
+    assert write(optimize_for_generation(model), ids, do_sample=False).tolist() == expected
+    assert not steps
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@torch.no_grad()
+def test_adapters(weights):
+    model = random_model(ScratchGPTForCausalLM).eval()
+    without = model(ids := random_ids(1, 6)).logits
+    names = ["q_proj", "down_proj"]
+    inject_adapter_in_model(LoraConfig(target_modules=names, init_lora_weights=False), model)
+    expected = model.eval()(ids).logits
+    after = optimize_for_generation(model, weights)(ids).logits
+    assert (after - expected).norm() < 0.1 * (without - expected).norm()
+
+
+@torch.no_grad()
+def test_weights_that_are_changed_all_the_same():
+    model = random_model(ScratchGPTForCausalLM).eval()
+    fast, ids = optimize_for_generation(copy.deepcopy(model)), random_ids(2, 6)
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"):
+        for either in (model, fast):
+            either.get_submodule(name).weight.mul_(-1.5)
+    torch.testing.assert_close(fast(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    for either in (model, fast):
+        either.to(torch.bfloat16)
+    torch.testing.assert_close(fast(ids).logits, model(ids).logits, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_another_default_type(models, default, steps):
+    ids = random_ids(1, 6)
+    expected = write(models[0], ids, do_sample=False).tolist()
+    torch.set_default_dtype(default)
+    try:
+        assert write(models[1], ids, do_sample=False).tolist() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert steps
+
+
+def test_a_model_that_is_converted_has_new_memory(steps):
+    model = random_model(ScratchGPTForCausalLM).eval().to(torch.bfloat16)
+    optimize_for_generation(model, weights="int8")
+    ids = random_ids(1, 6)
+    write(model, ids, do_sample=False)
+    model.float()
+    with torch.no_grad():
+        scores = model(write(model, ids, do_sample=False)).logits[0, 5:-1]
+    chosen = scores.gather(1, write(model, ids, do_sample=False)[0, 6:, None])[:, 0]
+    assert (scores.max(-1).values - chosen).max() < 0.01
+    assert len(steps) == 33
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_continuous_batching(dtype):
+    model = random_model(ScratchGPTForCausalLM).eval().to(dtype)
+    prompts = [random_ids(1, length)[0].tolist() for length in (3, 5)]
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    before, after = (
+        [
+            output.generated_tokens
+            for output in each.generate_batch(prompts, config, SMALL_CACHE).values()
+        ]
+        for each in (model, optimize_for_generation(copy.deepcopy(model)))
+    )
+    assert [len(tokens) for tokens in after] == [4, 4]
+    assert after == before or dtype == torch.bfloat16

@@ -1,0 +1,278 @@
+"""The step in C++ gives what the model gives."""
+
+import copy
+import ctypes
+import shutil
+
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import DynamicCache
+
+from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
+from hf_scratch_gpt.engine.one_token import Memory, OneToken, can_compute
+from hf_scratch_gpt.engine.packed import Int8Linear
+from hf_scratch_gpt.engine.products import WAYS, compiled, fastest_way, multiply_seconds, product_of
+
+from ..models import random_ids, random_model
+
+READ = 5
+
+
+@torch.no_grad()
+def logits_by_steps(model, ids, way=0):
+    """Scores after each of `ids` (1, T) but the first few, which are read at once."""
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :READ], cache=cache)
+    step = OneToken(model, Memory(model.config, model.dtype), cache, way)
+    return torch.cat([step.logits_after(token[None, None]) for token in ids[0, READ:]], dim=1)
+
+
+def make(dtype=torch.float32, **changes):
+    model = random_model(ScratchGPTForCausalLM, **changes).eval().to(dtype)
+    assert can_compute(model)
+    return model
+
+
+CONFIGS = {
+    "as it is": {},
+    "exact GELU": dict(hidden_act="gelu"),
+    "no bias of query, key, value": dict(qkv_bias=False),
+    "unscaled": dict(scale_attn_weights=False),
+    "scaled by layer": dict(scale_attn_by_inverse_layer_idx=True),
+    "a head of its own": dict(tie_word_embeddings=False),
+    "another epsilon": dict(layer_norm_eps=0.1),
+    "narrow": dict(intermediate_size=7),
+    "one head": dict(num_attention_heads=1),
+    "eager": dict(attn_implementation="eager"),
+    "blocks written out": dict(fused_kernels=False),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_logits(name):
+    model, ids = make(**CONFIGS[name]), random_ids(1, 24)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    own = logits_by_steps(model, ids)
+    assert own.dtype == torch.float32
+    torch.testing.assert_close(own.double(), exact, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["gelu", "gelu_new"])
+@torch.no_grad()
+def test_large_numbers(form):
+    """Scores and GELU's inputs far beyond where e to their power is a number."""
+    model, ids = make(hidden_act=form), random_ids(1, 24)
+    for block in model.model.layers:
+        block.self_attn.q_proj.weight.mul_(1000)
+        block.mlp.up_proj.weight.mul_(1000)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    own = logits_by_steps(model, ids).double()
+    assert own.isfinite().all()
+    assert (own - exact).norm() < 1e-3 * exact.norm()
+
+
+@torch.no_grad()
+def test_bfloat16_is_nearer_than_the_model():
+    """Only keys, values and weights are rounded, not what is between."""
+    model, ids = make(torch.bfloat16), random_ids(1, 24)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    errors = [
+        (logits - exact).abs().mean()
+        for logits in (logits_by_steps(model, ids), model(ids).logits[:, READ:])
+    ]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_int8(dtype):
+    model, ids = make(dtype), random_ids(1, 24)
+    optimize_for_generation(model, weights="int8")
+    assert can_compute(model)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    atol = 2e-3 if dtype == torch.float32 else 2e-2  # vectors have 12 to 15 bits
+    torch.testing.assert_close(logits_by_steps(model, ids).double(), exact, atol=atol, rtol=1e-2)
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(weights, number):
+    model, ids = make(), random_ids(1, 8)
+    with torch.no_grad():
+        model.model.norm.bias[3] = number
+    assert not model(ids).logits.isfinite().any()
+    fast = optimize_for_generation(model, weights)
+    assert not logits_by_steps(fast, ids).isfinite().any()
+
+
+def test_int8_sums_of_a_wide_matrix_have_room():
+    """The largest that there can be: all weights and numbers of one sign."""
+    linear = torch.nn.Linear(3072, 8, bias=False)
+    torch.nn.init.constant_(linear.weight, 0.5)
+    Int8Linear.take_over(linear)
+    held = []
+    product, y = product_of(linear, held), torch.empty(8)
+    multiply = compiled()["multiply_int8"]
+    multiply.restype = None
+    x = torch.ones(3072)
+    for way in WAYS:
+        multiply(
+            ctypes.byref(product),
+            ctypes.c_int64(way),
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(y.data_ptr()),
+            ctypes.c_int(1),
+        )
+        torch.testing.assert_close(y, torch.full((8,), 1536.0), rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+def test_int8_of_a_vector_of_zeros():
+    model, ids = make(), random_ids(1, 8)
+    model.model.norm.weight.zero_()
+    model.model.norm.bias.zero_()
+    optimize_for_generation(model, weights="int8")
+    assert (logits_by_steps(model, ids) == 0).all()
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@torch.no_grad()
+def test_any_number_of_threads_and_way_to_read_gives_the_same(weights):
+    model, ids = make(torch.bfloat16 if weights == "bfloat16" else torch.float32), random_ids(1, 12)
+    if weights == "int8":
+        optimize_for_generation(model, weights="int8")
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results += [logits_by_steps(model, ids, way) for way in WAYS]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)  # each row is one thread's
+
+
+@torch.no_grad()
+def test_which_way_to_read_is_tried(monkeypatch):
+    layer = torch.nn.Linear(200, 50)
+    assert all(multiply_seconds(layer, way) > 0 for way in WAYS)
+    for fastest in WAYS:
+        seconds = [1.0 if way == fastest else 2.0 for way in WAYS]
+        monkeypatch.setattr(
+            "hf_scratch_gpt.engine.products.multiply_seconds",
+            lambda layer, way, by=seconds: by[way],
+        )
+        assert fastest_way([layer, layer]) == fastest
+
+
+def test_what_it_cannot_compute():
+    assert not can_compute(make().train())
+    assert not can_compute(make().half())
+    assert not can_compute(make().double())
+    assert not can_compute(random_model(ScratchGPTForCausalLM, hidden_act="relu").eval())
+    mixed = make(tie_word_embeddings=False)
+    mixed.lm_head.to(torch.bfloat16)
+    assert not can_compute(mixed)
+    dropping = make()
+    dropping.model.dropout.train()
+    assert not can_compute(dropping)
+    hooked = make()
+    hooked.model.norm.register_forward_hook(lambda module, args, output: output)
+    assert not can_compute(hooked)
+
+
+def prune_one_layer(model):
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight.data, mlp.up_proj.bias.data = mlp.up_proj.weight[:4], mlp.up_proj.bias[:4]
+    mlp.down_proj.weight.data = mlp.down_proj.weight[:, :4]
+
+
+def lengthen_a_bias(model):
+    model.model.norm.bias.data = torch.randn(33)
+
+
+def prune_heads(model):
+    for block in model.model.layers:
+        attention = block.self_attn
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.weight.data = projection.weight[:24]
+            projection.bias.data = projection.bias[:24]
+        attention.o_proj.weight.data = attention.o_proj.weight[:, :24]
+
+
+@pytest.mark.parametrize("change", [prune_one_layer, prune_heads, lengthen_a_bias])
+@torch.no_grad()
+def test_other_shapes_are_refused(change):
+    model = make()
+    change(model)
+    assert not can_compute(model)
+
+
+def test_hooks_on_all_modules_are_seen():
+    model = make()
+    handle = register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert not can_compute(model)
+    finally:
+        handle.remove()
+    assert can_compute(model)
+
+
+@torch.no_grad()
+def test_what_differs_between_layers():
+    model, ids = make(), random_ids(1, 24)
+    model.model.layers[1].mlp.activation.form = "none"
+    model.model.layers[2].input_layernorm.eps = 0.3
+    model.model.norm.eps = 0.1
+    model.model.layers[0].self_attn.scaling *= 2
+    strided = torch.randn(32, 2)[:, 0]
+    model.model.layers[0].input_layernorm.weight.data = strided
+    model.model.layers[0].self_attn.k_proj.bias.data = torch.randn(32, 3)[:, 1]
+    assert can_compute(model)
+    exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
+    own = logits_by_steps(model, ids).double()
+    torch.testing.assert_close(own, exact, atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_hidden_states_that_were_asked_for_once_do_no_harm():
+    model = make()
+    model(random_ids(1, 4), output_hidden_states=True)
+    assert can_compute(model)
+
+
+@pytest.fixture
+def fresh():
+    compiled.cache_clear()
+    yield
+    compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(FileNotFoundError, match=r"\(no-such-compiler\).* install g\+\+"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match=r"\(g\+\+, clang\+\+, c\+\+\)"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
+
+
+@pytest.mark.usefixtures("fresh")
+def test_with_a_compiler_that_fails(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ --no-such-option")
+    model = random_model(ScratchGPTForCausalLM).eval()
+    with pytest.raises(RuntimeError, match=r"no-such-option.*failed; name another"):
+        optimize_for_generation(model)
+    assert type(model) is ScratchGPTForCausalLM  # and left as it was
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_with_a_compiler_of_c(monkeypatch):
+    monkeypatch.setenv("CXX", "gcc")
+    with pytest.raises(RuntimeError, match=r"if a symbol is missing, name a compiler of C\+\+"):
+        optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())

@@ -1,0 +1,268 @@
+"""The word that scores highest, found in a rough copy of the head, is that of all scores."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
+from hf_scratch_gpt.engine.one_token import Memory, OneToken, best_word
+from hf_scratch_gpt.engine.products import WAYS
+from hf_scratch_gpt.engine.rough_head import keep_rough, rough_of
+
+from ..models import random_ids, random_model
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def nothing(weight):
+    pass
+
+
+@torch.no_grad()
+def make(change=nothing, dtype=torch.float32, **changes):
+    """An optimized model, whose head was changed before."""
+    model = random_model(ScratchGPTForCausalLM, tie_word_embeddings=False, **changes).eval()
+    change(model.lm_head.weight)
+    return optimize_for_generation(model.to(dtype))
+
+
+@torch.no_grad()
+def after_a_prompt(model, way=0):
+    cache, ids = DynamicCache(config=model.config), torch.arange(5)[None]
+    model(ids, cache=cache)
+    return OneToken(model, Memory(model.config, model.dtype), cache, way)
+
+
+@torch.no_grad()
+def both(model, tokens, way=0, is_used=None):
+    """The best after each of `tokens`, and the best of all scores after each.
+
+    If given, `is_used` tells whether the rough head is to have been of use for all of them.
+    """
+    one, other = after_a_prompt(model, way), after_a_prompt(model, way)
+    quick = [one.best_after(token[None, None]) for token in tokens]
+    whole = [best_word(other.logits_after(token[None, None])[:, -1]) for token in tokens]
+    assert is_used in (None, one._scores is not None)
+    return torch.cat(quick).flatten().tolist(), torch.cat(whole).flatten().tolist()
+
+
+def nearly_equal(weight):
+    weight[:] = weight[0] * (1 + 1e-6 * torch.randn(len(weight), 1))
+
+
+def equal(weight):
+    weight[:] = weight[0]
+
+
+def in_pairs(weight):
+    weight[1::2] = weight[: len(weight) - 1 : 2]
+
+
+def in_fives(weight):
+    weight[:95] = weight[:19].repeat(5, 1)
+
+
+def with_a_mean(weight):
+    weight += 50 * torch.randn(weight.shape[1])
+
+
+def tiny(weight):
+    weight *= 1e-30
+
+
+def large(weight):
+    weight *= 1e15
+
+
+def of_unlike_rows(weight):
+    weight *= torch.logspace(-10, 10, len(weight))[:, None]
+
+
+WITHOUT_USE = (nearly_equal, equal, tiny, torch.zero_)
+OF_USE = (nothing, in_pairs, in_fives, with_a_mean, large, of_unlike_rows, torch.abs_)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("change", WITHOUT_USE + OF_USE, ids=lambda change: change.__name__)
+def test_it_is_that_of_all_scores(change, dtype):
+    model = make(change, dtype)
+    assert rough_of(model.lm_head) is not None
+    before = torch.get_num_threads()
+    try:
+        for threads, way in zip((1, 2, 3, 2), WAYS, strict=True):
+            torch.set_num_threads(threads)
+            quick, whole = both(model, random_ids(10), way, is_used=change in OF_USE)
+            assert quick == whole
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_of_equal_rows_the_first():
+    assert set(both(make(equal), random_ids(10))[0]) == {0}
+    quick, _ = both(make(in_fives), random_ids(10), is_used=True)
+    assert max(quick) < 19
+
+
+@pytest.mark.parametrize("change", [nothing, with_a_mean])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_no_product_is_off_by_more_than_its_error(dtype, change):
+    head = make(change, dtype, hidden_size=256).lm_head
+    rough, exact = rough_of(head), head.weight.double()
+    apart, rounded = exact - exact.mean(0), rough.weight.double() * rough.scale.double()[:, None]
+    worst = apart - rounded  # a vector along the error itself
+    for vectors in (worst, torch.randn(50, 256, dtype=torch.float64)):
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
+        off = (vectors @ worst.T).abs()
+        assert (off <= rough.errors).all()
+    assert (off.amax(0) > 0).any()
+    if change is nothing:
+        assert (rough.errors < 2 * worst.norm(dim=1)).all()  # and it is no more than is needed
+    assert (rough.lengths >= rounded.norm(dim=1)).all()
+
+
+@torch.no_grad()
+def test_the_copy_decides_what_is_read():
+    model = make()
+    tokens = random_ids(1)
+    quick, whole = both(model, tokens)
+    assert quick == whole
+    rough_of(model.lm_head).weight[whole[0]] *= -1
+    quick, still = both(model, tokens)
+    assert still == whole
+    assert quick != whole
+
+
+@pytest.mark.parametrize("number", [torch.inf, torch.nan, 3e38])
+@torch.no_grad()
+def test_numbers_beyond_measure(number):
+    model, tokens = make(), random_ids(4)
+    model.model.norm.bias[3] = number
+    quick, whole = both(model, tokens)
+    assert quick == whole
+    in_the_head = make(lambda weight: weight[5, 3:4].fill_(number))
+    assert (rough_of(in_the_head.lm_head) is None) == (number != 3e38)
+    quick, whole = both(in_the_head, tokens)
+    assert quick == whole
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-25])
+@pytest.mark.parametrize("of_head", [1, 1e-20])
+@torch.no_grad()
+def test_vectors_that_are_nearly_nothing(size, of_head):
+    model = make(lambda weight: weight.uniform_(0, of_head))
+    for part in model.model.norm.parameters():
+        part.mul_(size)
+    quick, whole = both(model, random_ids(50))
+    assert quick == whole
+
+
+@torch.no_grad()
+def test_a_sum_that_overflows_on_its_way():
+    """In float32; that of the rough numbers does not."""
+    model = make()
+    head, norm = model.lm_head, model.model.norm
+    norm.weight.zero_()
+    norm.bias.fill_(1.1e19)
+    head.weight.zero_()
+    head.weight[3, :2] = torch.tensor([3.3e19, -3.3e19])
+    head.weight[9, 0] = 1e19
+    quick, whole = both(model, random_ids(1))
+    assert quick == whole
+    assert keep_rough(head) is not None
+    quick, whole = both(model, random_ids(1))
+    assert quick == whole
+
+
+@torch.no_grad()
+def test_changed_weights_are_seen():
+    model, tokens = make(), random_ids(6)
+    before, whole = both(model, tokens)
+    assert before == whole
+    copied = copy.deepcopy(model)
+    shared = rough_of(model.lm_head).weight.data_ptr()
+    assert rough_of(copied.lm_head).weight.data_ptr() == shared
+    model.lm_head.weight.neg_()
+    assert rough_of(model.lm_head) is None
+    quick, whole = both(model, tokens)
+    assert quick == whole
+    assert quick != before
+    assert both(copied, tokens)[0] == before
+
+
+@torch.no_grad()
+def test_a_copy_with_a_tied_head():
+    model = optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
+    copied, tokens = copy.deepcopy(model), random_ids(4)
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    before, whole = both(copied, tokens, is_used=True)
+    assert before == whole == both(model, tokens, is_used=True)[0]
+    copied.model.embed_tokens.weight.neg_()
+    assert rough_of(copied.lm_head) is None
+    assert rough_of(model.lm_head) is not None
+
+
+@torch.no_grad()
+def test_a_bias_and_another_row_that_come_later_are_seen():
+    model, tokens = make(), random_ids(4)
+    best = both(model, tokens)[1]
+    model.lm_head.weight.data[91] = 3 * model.lm_head.weight.data[best[0]]
+    assert rough_of(model.lm_head) is None
+    quick, whole = both(model, tokens)
+    assert quick == whole
+    assert whole[0] == 91
+    model = make()
+    model.lm_head.bias = torch.nn.Parameter(1000 * torch.eye(97)[7])
+    quick, whole = both(model, tokens)
+    assert quick == whole == [7] * 4
+
+
+def test_who_has_none():
+    half = random_model(ScratchGPTForCausalLM).eval().half()
+    assert rough_of(optimize_for_generation(half).lm_head) is None
+    in_int8 = random_model(ScratchGPTForCausalLM).eval()
+    assert rough_of(optimize_for_generation(in_int8, weights="int8").lm_head) is None
+    assert keep_rough(torch.nn.Linear(4, 4)) is None
+
+
+def as_rows(model, *rows):
+    """Make `rows` (C,) those of the head that are 5 and 60, and their mean nothing."""
+    weight = model.lm_head.weight
+    weight.zero_()
+    for place, row in zip((5, 60), rows, strict=True):
+        weight[place], weight[place + 1] = row, -row
+    keep_rough(model.lm_head)
+    return rough_of(model.lm_head)
+
+
+@torch.no_grad()
+def test_rows_rounded_as_far_as_can_be():
+    """Of two rows one is rounded down, the other up; the lower one is best."""
+    model, count = make(), 31
+    model.model.norm.weight.zero_()
+    model.model.norm.bias.fill_(1)
+    down, up = torch.full((2, count + 1), 127.0)
+    down[1:], up[1:] = 3.499, 3.501
+    up[-1] -= count * 0.002 * 1.05
+    rough = as_rows(model, down, up).weight.sum(1)
+    assert rough[60] > rough[5]
+    assert down.sum() > up.sum()
+    assert both(model, random_ids(2), is_used=True) == ([5, 5], [5, 5])
+
+
+@torch.no_grad()
+def test_a_vector_rounded_as_far_as_can_be():
+    """What it loses, one row would gain, and that is best; the other one loses it."""
+    model, unit = make(), 1 / 32767  # of the integers that it becomes
+    x = torch.full((32,), 0.499 * unit)
+    x[:2] = torch.tensor([1, 29 * unit])
+    model.model.norm.weight.zero_()
+    model.model.norm.bias.copy_(x)
+    loses, gains = torch.full((2, 32), 127.0)
+    loses[1] = 0
+    gains[2:] = -127
+    as_rows(model, loses, gains)
+    assert (loses - gains) @ x > 0 > (loses - gains) @ (x / unit).round()
+    assert both(model, random_ids(2), is_used=True) == ([5, 5], [5, 5])

@@ -1,0 +1,156 @@
+import pytest
+import torch
+from transformers import GPT2Config
+
+from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from hf_scratch_gpt.model.configuration_scratch_gpt import PRESETS
+
+
+def count_parameters(config: ScratchGPTConfig) -> int:
+    with torch.device("meta"):
+        return ScratchGPTForCausalLM(config).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_gpt2_sizes_have_the_published_number_of_parameters(preset, parameters):
+    assert count_parameters(ScratchGPTConfig.from_preset(preset)) == parameters
+
+
+def test_textbook_model_has_its_number_of_parameters():
+    textbook = ScratchGPTConfig.from_preset("124M", tie_word_embeddings=False, qkv_bias=False)
+    assert count_parameters(textbook) == 163_009_536
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    [
+        ("gpt3-small", 0.125),
+        ("gpt3-medium", 0.350),
+        ("gpt3-large", 0.760),
+        ("gpt3-xl", 1.3),
+        ("gpt3-2.7b", 2.7),
+        ("gpt3-6.7b", 6.7),
+        ("gpt3-13b", 13.0),
+    ],
+)
+def test_gpt3_sizes_are_near_the_papers_rounded_ones(preset, billions):
+    assert count_parameters(ScratchGPTConfig.from_preset(preset)) == pytest.approx(
+        billions * 1e9, rel=0.03
+    )
+
+
+def test_gpt3_175b_is_within_half_a_percent():
+    assert count_parameters(ScratchGPTConfig.from_preset("gpt3")) == pytest.approx(175e9, rel=0.005)
+
+
+def test_presets_multiply_out():
+    assert len(PRESETS) == 12
+    for name in PRESETS:
+        config = ScratchGPTConfig.from_preset(name)
+        assert config.head_dim * config.num_attention_heads == config.hidden_size
+        assert config.intermediate_size == 4 * config.hidden_size
+
+
+def test_presets_take_overrides_under_any_name():
+    config = ScratchGPTConfig.from_preset("gpt3-xl", n_layer=2, context_length=512)
+    assert (config.num_hidden_layers, config.max_position_embeddings) == (2, 512)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'gpt2-mediun'.*gpt2-medium"):
+        ScratchGPTConfig.from_preset("gpt2-mediun")
+
+
+def test_aliases_of_gpt2_and_of_the_textbook_set_and_read_the_same_fields():
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    standard = ScratchGPTConfig(max_position_embeddings=128, intermediate_size=200, **sizes)
+    gpt2 = ScratchGPTConfig(n_embd=64, n_layer=2, n_head=4, n_positions=128, n_inner=200)
+    textbook = ScratchGPTConfig(
+        emb_dim=64, n_layers=2, n_heads=4, context_length=128, intermediate_size=200
+    )
+    assert standard.to_dict() == gpt2.to_dict() == textbook.to_dict()
+    assert (standard.n_embd, standard.n_ctx, standard.emb_dim, standard.n_heads) == (64, 128, 64, 4)
+
+
+def test_drop_rate_sets_all_three_dropouts():
+    config = ScratchGPTConfig(drop_rate=0.3)
+    dropouts = (config.embedding_dropout, config.hidden_dropout, config.attention_dropout)
+    assert dropouts == (0.3, 0.3, 0.3)
+    assert config.drop_rate == 0.3
+
+
+def test_null_n_inner_keeps_the_derived_width():
+    assert ScratchGPTConfig(n_embd=64, n_head=4, n_inner=None).intermediate_size == 256
+
+
+def test_n_positions_outranks_n_ctx_as_in_gpt2():
+    assert ScratchGPTConfig(n_ctx=1024, n_positions=64).max_position_embeddings == 64
+
+
+def test_end_of_text_needs_a_vocabulary_that_holds_it():
+    assert ScratchGPTConfig().eos_token_id == 50256
+    assert ScratchGPTConfig(vocab_size=100).eos_token_id is None
+    assert ScratchGPTConfig(vocab_size=100, eos_token_id=99).eos_token_id == 99
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 30, "num_attention_heads": 4}, r"hidden_size=30.*4.*multiple"),
+        ({"n_layer": 0}, r"num_hidden_layers=0.*below 1"),
+        ({"vocab_size": -5}, r"vocab_size=-5.*below 1"),
+        ({"drop_rate": 1.5}, r"embedding_dropout=1.5.*0 to 1"),
+        ({"hidden_act": "gelo"}, r"hidden_act='gelo'.*gelu_new"),
+        ({"head_dim": 80}, r"head_dim=80.*leave it out"),
+        ({"drop_rate": 0.3, "hidden_dropout": 0.2}, r"drop_rate=0.3 and hidden_dropout=0.2"),
+        ({"layer_norm_eps": 0.0}, r"layer_norm_eps=0.0.*not above 0"),
+        ({"add_cross_attention": True}, r"add_cross_attention=True.*drop the field"),
+        ({"n_embd": 64, "emb_dim": 96}, r"emb_dim=96 and n_embd=64.*give one"),
+        ({"hidden_size": 96, "n_embd": 64}, r"n_embd=64 and hidden_size=96.*give one"),
+    ],
+)
+def test_bad_values_are_refused_with_value_limit_and_remedy(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ScratchGPTConfig(**fields)
+
+
+def test_fields_changed_later_are_checked_when_a_model_is_made():
+    config = ScratchGPTConfig(hidden_size=32, num_attention_heads=4)
+    config.num_attention_heads = 5
+    with pytest.raises(ValueError, match="hidden_size=32"):
+        ScratchGPTForCausalLM(config)
+
+
+def test_save_and_load_give_the_same_configuration(tmp_path):
+    config = ScratchGPTConfig(
+        n_embd=48, n_head=3, qkv_bias=False, fused_kernels=False, num_labels=5, vocab_size=300
+    )
+    config.save_pretrained(tmp_path)
+    loaded = ScratchGPTConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert ScratchGPTConfig.from_pretrained(tmp_path, n_layer=2).num_hidden_layers == 2
+
+
+def test_first_of_several_ends_pads(tmp_path):
+    GPT2Config(vocab_size=100, eos_token_id=[97, 98], bos_token_id=97).save_pretrained(tmp_path)
+    config = ScratchGPTConfig.from_pretrained(tmp_path)
+    assert (config.eos_token_id, config.pad_token_id) == ([97, 98], 97)
+
+
+def test_gpt2_file_is_read_as_ours_without_a_warning(tmp_path):
+    GPT2Config(n_layer=5, n_inner=100, resid_pdrop=0.2, n_ctx=7).save_pretrained(tmp_path)
+    config = ScratchGPTConfig.from_pretrained(tmp_path)
+    assert config.model_type == "scratch_gpt"
+    assert (config.num_hidden_layers, config.intermediate_size) == (5, 100)
+    assert config.max_position_embeddings == 1024
+    assert config.hidden_dropout == 0.2
+    assert config.pad_token_id == 50256
+    assert not [name for name in config.to_dict() if name.startswith(("n_", "summary"))]

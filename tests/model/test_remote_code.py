@@ -1,0 +1,129 @@
+"""A saved folder carries its code: it loads where this package cannot be imported."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from hf_scratch_gpt import (
+    ScratchGPTForCausalLM,
+    ScratchGPTForQuestionAnswering,
+    ScratchGPTForSequenceClassification,
+    ScratchGPTForTokenClassification,
+    ScratchGPTModel,
+)
+from hf_scratch_gpt.checkpoints.convert import main as convert
+
+from ..models import random_model
+
+LOAD_EVERYTHING = """
+import sys, warnings
+warnings.simplefilter("error")
+sys.modules["hf_scratch_gpt"] = None
+try:
+    import hf_scratch_gpt
+except ImportError:
+    pass
+else:
+    raise AssertionError("the package can be imported")
+import torch, transformers
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # new heads have new weights, and it says so
+folder, ids = sys.argv[1], torch.tensor([[1, 2, 3]])
+trust = {"trust_remote_code": True}
+config = transformers.AutoConfig.from_pretrained(folder, **trust)
+assert type(config).__name__ == "ScratchGPTConfig", config
+for name in ("", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
+    model = getattr(transformers, "AutoModel" + name).from_pretrained(folder, **trust)
+    assert type(model).__name__ == "ScratchGPT" + (name or "Model"), type(model)
+    model(ids)
+transformers.utils.logging.set_verbosity_warning()
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, **trust)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
+assert type(tokenizer).__name__ == "ScratchGPTTokenizer", type(tokenizer)
+write = transformers.pipeline("text-generation", folder, **trust)
+print(write("The cat", max_new_tokens=5, do_sample=False)[0]["generated_text"])
+model.save_pretrained(sys.argv[2])
+tokenizer.save_pretrained(sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, openai_tiny):
+    folder = tmp_path_factory.mktemp("converted") / "tiny"
+    assert convert([str(openai_tiny), str(folder)]) == 0
+    return folder
+
+
+def load_everything(folder: Path, save_to: Path) -> str:
+    """Text generated in a fresh process; fails if anything there does not load or warns."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD_EVERYTHING, str(folder), str(save_to)],
+        cwd=save_to.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr, run.stderr
+    return run.stdout
+
+
+def test_every_auto_class_loads_without_the_package(converted, tmp_path):
+    text = load_everything(converted, tmp_path / "again")
+    assert text.startswith("The cat")
+    # what that process saved carries its code on
+    assert load_everything(tmp_path / "again", tmp_path / "third") == text
+
+
+def test_saved_folder_holds_the_code(converted):
+    names = {path.name for path in converted.glob("*.py")}
+    package = Path(__file__).parent.parent / "hf_scratch_gpt"
+    assert names == {path.name for path in package.glob("*_scratch_gpt.py")}
+    auto_map = json.loads((converted / "config.json").read_text())["auto_map"]
+    for reference in auto_map.values():
+        module, name = reference.split(".")
+        assert f"class {name}(" in (converted / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        ScratchGPTModel,
+        ScratchGPTForCausalLM,
+        ScratchGPTForSequenceClassification,
+        ScratchGPTForTokenClassification,
+        ScratchGPTForQuestionAnswering,
+    ],
+)
+@torch.no_grad()
+def test_auto_classes_find_the_package_when_it_is_imported(model_class, tmp_path):
+    model = random_model(model_class)
+    model.save_pretrained(tmp_path)
+    task = model_class.__name__.removeprefix("ScratchGPT").removeprefix("Model")
+    auto_class = getattr(transformers, f"AutoModel{task}")
+    assert type(auto_class.from_pretrained(tmp_path)) is model_class
+    assert type(auto_class.from_config(model.config)) is model_class
+
+
+def test_saved_code_imports_only_what_users_have():
+    package = Path(__file__).parent.parent / "hf_scratch_gpt"
+    allowed = ("torch", "transformers", "tiktoken", "huggingface_hub", "tokenizers")
+    for path in package.glob("*_scratch_gpt.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name.split(".")[0] for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [str(node.module).split(".")[0]]
+            else:
+                continue
+            for module in modules:
+                assert module in allowed or module in sys.stdlib_module_names, (path.name, module)

@@ -1,0 +1,477 @@
+"""The tokenizer against GPT2TokenizerFast and bare tiktoken on the same vocabulary."""
+
+import base64
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoTokenizer,
+    GPT2TokenizerFast,
+    PreTrainedTokenizerFast,
+    TextStreamer,
+    pipeline,
+)
+
+from hf_scratch_gpt import ScratchGPTForTokenClassification, ScratchGPTTokenizer
+from hf_scratch_gpt.model.bpe_scratch_gpt import SPLIT_PATTERN
+from hf_scratch_gpt.model.vocabulary_scratch_gpt import END_OF_TEXT
+
+from ..models import random_model
+
+NASTY = [
+    "",
+    " ",
+    "Hello, world! It's 2019; we'll see: I'VE 'seen' y'all've.",
+    "  leading and   many   spaces \t\ttabs\n\n\nlines\r\n trailing   ",
+    "naïve café\u0301 Ångström ﬁ ½ ① \u00a0\u2003\u3000\x85\u2028 odd spaces",
+    "你好，世界。こんにちは 안녕하세요",
+    "👩‍👩‍👧‍👦 😀😃 🇩🇪 ✌🏽 e\u0301\u0302\u0303",
+    "مرحبا بالعالم שלום",
+    "\x00\x01\x1c\x1f\x7f NUL and friends \ufffd \ufeff \U0010ffff",
+    "<|endoftext|>",
+    f"before{END_OF_TEXT}after {END_OF_TEXT} {END_OF_TEXT}{END_OF_TEXT}",
+    "<|endoftext <|endoftext|",
+    "a" * 300 + "1" * 300 + "!" * 300 + "\n" * 300 + "x",
+]
+SPLIT_ROWS = [["Hello", "world"], ["a", "", "bc", "naïve 😀"], ["one"]]
+
+
+def make_pair(folder: Path) -> tuple[ScratchGPTTokenizer, GPT2TokenizerFast]:
+    vocab, merges = str(folder / "encoder.json"), str(folder / "vocab.bpe")
+    fast = GPT2TokenizerFast(vocab=vocab, merges=merges, pad_token=END_OF_TEXT, padding_side="left")
+    return ScratchGPTTokenizer(vocab, merges), fast
+
+
+@pytest.fixture(scope="module", params=["tiny", "real"])
+def pair(request, openai_tiny):
+    """Our tokenizer and transformers', on one vocabulary."""
+    if request.param == "tiny":
+        return make_pair(openai_tiny)
+    if not os.environ.get("GPT2_RELEASE_DIR"):
+        pytest.skip("GPT2_RELEASE_DIR does not name the folder of OpenAI's 117M release")
+    return make_pair(Path(os.environ["GPT2_RELEASE_DIR"]))
+
+
+@pytest.fixture(scope="module")
+def tiny(openai_tiny):
+    return make_pair(openai_tiny)[0]
+
+
+def assert_same(ours, fast, texts, **arguments):
+    """Every output, and the alignment, of `texts`."""
+    encoded, expected = ours(texts, **arguments), fast(texts, **arguments)
+    assert set(encoded) == set(expected)
+    for name, values in expected.items():
+        given = encoded[name]
+        if isinstance(values, torch.Tensor):
+            values, given = values.tolist(), given.tolist()
+        assert given == values, name
+    for row in range(len(expected.encodings)):
+        for alignment in ("word_ids", "tokens", "sequence_ids"):
+            assert getattr(encoded, alignment)(row) == getattr(expected, alignment)(row)
+        assert encoded.encodings[row].offsets == expected.encodings[row].offsets
+
+
+@pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
+def test_nasty_texts_equal_gpt2s(pair, text):
+    ours, fast = pair
+    assert_same(ours, fast, text)
+    assert_same(ours, fast, text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    assert_same(ours, fast, text, split_special_tokens=True)
+    ids = ours(text).input_ids
+    assert ours.decode(ids) == fast.decode(ids) == text
+    assert ours.decode(ids, skip_special_tokens=True) == text.replace(END_OF_TEXT, "")
+
+
+# Four hundred lists of fifty are 20,000 strings.
+@settings(
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(texts=st.lists(st.text(max_size=40), min_size=50, max_size=50))
+def test_random_texts_equal_gpt2s_and_tiktokens(pair, texts):
+    ours, fast = pair
+    expected = fast(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+    batch = ours(texts)
+    assert batch.input_ids == expected.input_ids
+    assert batch.attention_mask == expected.attention_mask
+    assert ours(texts[0]).input_ids == expected.input_ids[0]
+    aligned = ours(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+    assert dict(aligned) == dict(expected)
+    for row, text in enumerate(texts):
+        assert batch.word_ids(row) == expected.word_ids(row)
+        assert ours.tiktoken.encode_ordinary(text) == expected.input_ids[row]
+        assert ours.decode(batch.input_ids[row]) == text
+    assert ours.batch_decode(batch.input_ids) == fast.batch_decode(expected.input_ids)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(padding=True),
+        dict(padding=True, padding_side="right"),
+        dict(padding=True, pad_to_multiple_of=8),
+        dict(padding="max_length", max_length=9, truncation=True),
+        dict(padding="max_length", max_length=400),
+        dict(truncation=True, max_length=5),
+        dict(truncation="only_first", max_length=1, padding=True),
+        dict(truncation=True, max_length=6, return_overflowing_tokens=True, stride=2),
+        dict(padding=True, truncation=True, max_length=7, return_tensors="pt"),
+        dict(return_length=True),
+        dict(return_token_type_ids=True),
+        dict(return_attention_mask=False),
+        dict(add_special_tokens=False),
+        dict(split_special_tokens=True, padding=True),
+        dict(return_special_tokens_mask=True, return_offsets_mapping=True),
+    ],
+    ids=str,
+)
+def test_arguments_work_as_gpt2s(pair, arguments):
+    assert_same(*pair, NASTY[2:], **arguments)
+    assert_same(*pair, tuple(NASTY[2:4]), **arguments)
+    for side in ("left", "right"):
+        for tokenizer in pair:
+            tokenizer.truncation_side = side
+        assert_same(*pair, NASTY[2], **arguments)
+
+
+def test_pairs_and_split_words(pair):
+    ours, fast = pair
+    for tokenizer in pair:
+        assert tokenizer.truncation_side == "right"
+    firsts, seconds = NASTY[2:6], NASTY[4:8]
+    assert dict(ours(firsts, seconds, padding=True)) == dict(fast(firsts, seconds, padding=True))
+    assert dict(ours(firsts[0], seconds[0])) == dict(fast(firsts[0], seconds[0]))
+    longest = dict(truncation="longest_first", max_length=9)
+    assert dict(ours(firsts, seconds, **longest)) == dict(fast(firsts, seconds, **longest))
+    ours_split = ours(SPLIT_ROWS, is_split_into_words=True, return_offsets_mapping=True)
+    fast_split = fast(SPLIT_ROWS, is_split_into_words=True, return_offsets_mapping=True)
+    assert dict(ours_split) == dict(fast_split)
+    assert ours_split.word_ids(1) == fast_split.word_ids(1)
+
+
+def test_alignment_methods(pair):
+    ours, fast = pair
+    encoded, expected = ours(NASTY[4]), fast(NASTY[4])
+    for character in range(len(NASTY[4])):
+        assert encoded.char_to_token(character) == expected.char_to_token(character)
+    for token in range(len(expected.input_ids)):
+        assert encoded.token_to_chars(token) == expected.token_to_chars(token)
+    assert encoded.is_fast
+    again = pickle.loads(pickle.dumps(encoded))
+    assert again.word_ids() == expected.word_ids()
+
+
+@pytest.mark.parametrize(
+    ("text", "read_as"),
+    [("\ud83d", "\ufffd"), ("a\ud800b\udc00", "a\ufffdb\ufffd"), ("\ud83d\ude00 ok", "😀 ok")],
+)
+def test_surrogates_have_a_defined_result(pair, text, read_as):
+    ours = pair[0]
+    assert ours(text).input_ids == ours(read_as).input_ids
+    assert ours([text, "x"]).input_ids[0] == ours(read_as).input_ids
+    assert ours(text, return_offsets_mapping=True).input_ids == ours(read_as).input_ids
+    assert ours([[text]], is_split_into_words=True).input_ids[0] == ours(read_as).input_ids
+    assert ours.decode(ours(text).input_ids) == read_as
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 10**6,
+        "ab" * 500_000,
+        " " * 10**6,
+        "\n" * 10**6 + "x",
+        "x" + " " * 10**6,
+        "\x00" * 10**6,
+    ],
+    ids=["a", "ab", "spaces", "lines", "spaces at the end", "NUL"],
+)
+def test_a_million_characters_without_a_break(pair, text, logged_warnings):
+    ours, fast = pair
+    ids = ours(text).input_ids
+    assert ids == fast(text).input_ids
+    assert ours.decode(ids) == text
+
+
+def test_added_tokens(openai_tiny):
+    ours, fast = make_pair(openai_tiny)
+    for tokenizer in (ours, fast):
+        tokenizer.add_tokens(["<new>", "grape"])
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>"]})
+    text = "a <new>b grapes <|user|> c"
+    assert len(ours) == len(fast) == 403
+    assert_same(ours, fast, [text, "plain"], padding=True)
+    assert_same(ours, fast, text, split_special_tokens=True)
+    assert ours.decode(ours(text).input_ids, skip_special_tokens=True) == "a <new>b grapes  c"
+
+
+def test_chat_template(openai_tiny):
+    ours, fast = make_pair(openai_tiny)
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi 😀"}]
+    ours.chat_template = fast.chat_template = template
+    encoded = ours.apply_chat_template(chat, tokenize=True, return_dict=True)
+    assert dict(encoded) == dict(fast.apply_chat_template(chat, tokenize=True, return_dict=True))
+    assert ours.decode(encoded["input_ids"]) == "user: Hello\nassistant: Hi 😀\n"
+
+
+def test_prefix_space_and_begin_of_text(openai_tiny):
+    files = [str(openai_tiny / name) for name in ("encoder.json", "vocab.bpe")]
+    fast = GPT2TokenizerFast(*files, add_prefix_space=True)
+    ours = ScratchGPTTokenizer(*files, add_prefix_space=True)
+    assert ours(["Hello", " Hello"]).input_ids == fast(["Hello", " Hello"]).input_ids
+    fast = GPT2TokenizerFast(*files, add_bos_token=True)
+    ours = ScratchGPTTokenizer(*files, add_bos_token=True)
+    assert ours("Hello").input_ids == fast("Hello").input_ids
+    assert ours("Hello").input_ids[0] == ours.bos_token_id
+
+
+def test_copies_and_processes(tiny):
+    for other in (copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
+        assert other(NASTY).input_ids == tiny(NASTY).input_ids
+        assert other.tiktoken.encode_ordinary("Hello") == tiny("Hello").input_ids
+
+
+def test_datasets_map_in_two_processes(tiny):
+    texts = NASTY * 20
+    encoded = Dataset.from_dict({"text": texts}).map(
+        lambda rows: tiny(rows["text"]), batched=True, num_proc=2, batch_size=50
+    )
+    assert list(encoded["input_ids"]) == tiny(texts).input_ids
+
+
+@pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
+def test_streaming_prints_exactly_the_decoded_text(pair, text, capsys):
+    ours = pair[0]
+    ids = ours(text).input_ids
+    streamer = TextStreamer(ours)
+    for token_id in ids:
+        streamer.put(torch.tensor([token_id]))
+        assert "\ufffd" not in capsys.readouterr().out.replace("\n", "") or "\ufffd" in text
+    streamer = TextStreamer(ours)
+    for token_id in ids:
+        streamer.put(torch.tensor([token_id]))
+    streamer.end()
+    assert capsys.readouterr().out == text + "\n"
+
+
+# So it warns for every byte-level BPE.
+@pytest.mark.filterwarnings("ignore:Tokenizer does not support real words:UserWarning")
+def test_token_classification_cuts_words_out_of_the_text(tiny):
+    text = "Naïve 😀 cats, don't sit on mats"
+    sizes = dict(num_labels=5, vocab_size=400)
+    found = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = random_model(ScratchGPTForTokenClassification, **sizes)
+        model.score.bias.data.zero_()
+        find = pipeline(
+            "token-classification", model=model, tokenizer=tiny, aggregation_strategy="first"
+        )
+        groups = find(text)
+        pieces = [text[group["start"] : group["end"]].split() for group in groups]
+        words = [word for piece in pieces for word in piece]
+        assert list(dict.fromkeys(words)) == text.split()  # whole words, in order
+        found.append(len(groups))
+    assert max(found) > 1
+
+
+def test_save_and_reload_three_ways(pair, tmp_path):
+    ours = copy.deepcopy(pair[0])
+    ours.add_tokens(["<new>"])
+    ours.model_max_length = 7777
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "vocab.json").read_text()) == ours._vocabulary.ids
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    plain = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    from_pair = tmp_path / "pair"
+    from_pair.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (from_pair / name).write_bytes((tmp_path / name).read_bytes())
+    gpt2 = GPT2TokenizerFast.from_pretrained(from_pair)
+    assert type(loaded) is ScratchGPTTokenizer
+    texts = [*NASTY, "a<new>b"]
+    for other in (loaded, plain):
+        assert other(texts).input_ids == ours(texts).input_ids
+        assert (other.padding_side, other.pad_token, other.model_max_length) == (
+            "left",
+            END_OF_TEXT,
+            7777,
+        )
+    assert gpt2(NASTY).input_ids == ours(NASTY).input_ids
+
+
+def test_loads_every_format(pair, tmp_path, openai_tiny):
+    ours, fast = pair
+    fast.save_pretrained(tmp_path / "json")  # a tokenizer.json alone
+    assert not (tmp_path / "json" / "vocab.json").exists()
+    loaded = ScratchGPTTokenizer.from_pretrained(tmp_path / "json")
+    assert loaded(NASTY).input_ids == ours(NASTY).input_ids
+    assert loaded.pad_token == END_OF_TEXT
+
+    release = ScratchGPTTokenizer.from_pretrained(openai_tiny)
+    assert release("Hello").input_ids == make_pair(openai_tiny)[0]("Hello").input_ids
+
+    ranks = ours.tiktoken._mergeable_ranks
+    lines = [
+        f"{base64.b64encode(token).decode()} {rank}"
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    ]
+    (tmp_path / "gpt.tiktoken").write_text("\n".join(lines) + "\n")
+    from_ranks = ScratchGPTTokenizer.from_pretrained(tmp_path / "gpt.tiktoken")
+    assert from_ranks(NASTY).input_ids == ours(NASTY).input_ids
+    assert from_ranks._vocabulary.merges == ours._vocabulary.merges
+
+
+def test_ids_that_do_not_follow_the_merges_are_exact(openai_tiny, tmp_path):
+    encoder = json.loads((openai_tiny / "encoder.json").read_text())
+    shuffled = {token: (token_id * 7 + 3) % 400 for token, token_id in encoder.items()}
+    (tmp_path / "encoder.json").write_text(json.dumps(shuffled))
+    (tmp_path / "vocab.bpe").write_text((openai_tiny / "vocab.bpe").read_text())
+    ours, fast = make_pair(tmp_path)
+    assert_same(ours, fast, NASTY, padding=True)
+    assert ours.decode(ours(NASTY[4]).input_ids) == NASTY[4]
+    ours.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again(NASTY).input_ids == ours(NASTY).input_ids
+
+
+def test_training_a_new_vocabulary(tiny):
+    trained = tiny.train_new_from_iterator([["the cat sat on the mat"] * 50], vocab_size=270)
+    assert type(trained) is ScratchGPTTokenizer
+    assert trained.decode(trained("the cat 😀").input_ids) == "the cat 😀"
+
+
+def test_tiktoken_is_public(pair):
+    ours = pair[0]
+    assert isinstance(ours.tiktoken, tiktoken.Encoding)
+    assert ours.tiktoken._pat_str == SPLIT_PATTERN
+    assert ours.tiktoken.encode(END_OF_TEXT, allowed_special="all") == [ours.eos_token_id]
+    assert ours.tiktoken.n_vocab == len(ours)
+
+
+@pytest.mark.parametrize("toggled_later", [False, True])
+def test_added_begin_of_text_survives_saving(toggled_later, openai_tiny, tmp_path):
+    files = [str(openai_tiny / name) for name in ("encoder.json", "vocab.bpe")]
+    ours = ScratchGPTTokenizer(*files, add_bos_token=not toggled_later)
+    ours.add_bos_token = True
+    ours.save_pretrained(tmp_path)
+    expected = ours("hi").input_ids
+    assert expected[0] == ours.bos_token_id
+    for loader in (AutoTokenizer, PreTrainedTokenizerFast, ScratchGPTTokenizer):
+        assert loader.from_pretrained(tmp_path)("hi").input_ids == expected
+
+
+def test_folder_of_gpt2s_without_a_pad_token_pads(openai_tiny, tmp_path):
+    GPT2TokenizerFast(
+        vocab=str(openai_tiny / "encoder.json"), merges=str(openai_tiny / "vocab.bpe")
+    ).save_pretrained(tmp_path)
+    loaded = ScratchGPTTokenizer.from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert loaded(["a b c", "d"], padding=True).attention_mask[1][0] == 0
+
+
+def test_tokenizer_json_alone_brings_everything(openai_tiny, tmp_path):
+    fast = GPT2TokenizerFast(
+        vocab=str(openai_tiny / "encoder.json"),
+        merges=str(openai_tiny / "vocab.bpe"),
+        add_prefix_space=True,
+    )
+    fast.add_tokens(["<x>", "grape"])
+    fast.save_pretrained(tmp_path)
+    texts = ["hello <x> grapes", "x"]
+    for ours in (
+        ScratchGPTTokenizer(tokenizer_file=str(tmp_path / "tokenizer.json")),
+        ScratchGPTTokenizer(tokenizer_object=fast.backend_tokenizer),
+    ):
+        assert len(ours) == 402
+        assert ours(texts).input_ids == fast(texts).input_ids
+
+
+def test_new_special_tokens_without_brackets(tiny, tmp_path):
+    trained = tiny.train_new_from_iterator([["a b c"] * 9], 270, new_special_tokens=["SEP"])
+    trained.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("aSEPb").input_ids == trained("aSEPb").input_ids
+
+
+def test_alignment_stays_that_of_the_ids(openai_tiny):
+    ours, _ = make_pair(openai_tiny)
+    texts = ["one two three", "four"]
+    arguments = dict(padding=True, truncation=True, max_length=4)
+    encoded, expected = ours(texts, **arguments), ours(texts, **arguments)
+    tokens = [expected.tokens(row) for row in range(2)]
+    texts[0] = "changed"
+    ours.add_bos_token = True
+    ours.truncation_side, ours.padding_side = "left", "right"
+    ours.add_tokens(["one"])
+    ours("another", truncation=True, max_length=1, return_overflowing_tokens=True)
+    assert [encoded.tokens(row) for row in range(2)] == tokens
+    assert ours.convert_tokens_to_ids(tokens[1]) == encoded.input_ids[1]
+
+
+def test_model_input_names_decide_what_is_returned(openai_tiny):
+    ours, fast = make_pair(openai_tiny)
+    for names in (["input_ids"], ["input_ids", "token_type_ids", "attention_mask"]):
+        ours.model_input_names = fast.model_input_names = names
+        assert dict(ours(NASTY)) == dict(fast(NASTY))
+
+
+def test_bad_arguments_are_refused_as_gpt2s(pair):
+    for arguments in (
+        dict(padding=True, padding_side="foo"),
+        dict(truncation=True, max_length=-1),
+    ):
+        for tokenizer in pair:
+            with pytest.raises((ValueError, OverflowError, TypeError)):
+                tokenizer(["a b", "c"], **arguments)
+    for tokenizer in pair:
+        with pytest.raises(ValueError, match="batch length"):
+            tokenizer(["a", "b"], [])
+
+
+def test_many_added_tokens(openai_tiny):
+    ours, fast = make_pair(openai_tiny)
+    for tokenizer in (ours, fast):
+        tokenizer.add_tokens([f"<w{number}>" for number in range(100)])
+    assert_same(ours, fast, ["a<w7>b", "plain"], padding=True)
+
+
+def test_fingerprint_is_stable(tiny):
+    before = Hasher.hash(tiny)
+    tiny("x")
+    assert Hasher.hash(tiny) == before
+
+
+def test_saved_backend_neither_cuts_nor_pads(openai_tiny, tmp_path):
+    ours, _ = make_pair(openai_tiny)
+    pairs = dict(text_pair=["x", "y"], padding=True, truncation=True, max_length=3)
+    ours(["a b c", "d"], **pairs)
+    ours.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["truncation"] is None
+    assert saved["padding"] is None
+
+
+def test_ranks_with_the_end_of_text(openai_tiny, tmp_path):
+    ours, _ = make_pair(openai_tiny)
+    tokens = [*ours.tiktoken._mergeable_ranks, END_OF_TEXT.encode()]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    (tmp_path / "a.tiktoken").write_text("\n".join(lines))
+    assert ScratchGPTTokenizer.from_pretrained(tmp_path)(NASTY).input_ids == ours(NASTY).input_ids
+    (tmp_path / "b.tiktoken").write_text("")
+    with pytest.raises(ValueError, match=r"several vocabularies: a\.tiktoken, b\.tiktoken"):
+        ScratchGPTTokenizer.from_pretrained(tmp_path)

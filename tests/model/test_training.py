@@ -1,0 +1,156 @@
+"""Trainer and PEFT take the model for one of transformers' own."""
+
+import peft
+import pytest
+import torch
+from packaging import version
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+
+from hf_scratch_gpt import ScratchGPTForCausalLM
+
+from ..models import random_ids, random_model
+
+# PEFT asks by a name that transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def trainer(model, rows, folder, **arguments):
+    """A Trainer on `rows`, which hold labels of different lengths."""
+    return Trainer(
+        model=model,
+        train_dataset=rows,
+        args=TrainingArguments(
+            output_dir=folder,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+            logging_steps=1,
+            max_grad_norm=0.0,
+            learning_rate=1e-2,
+            **arguments,
+        ),
+    )
+
+
+def uneven_rows(count):
+    rows = []
+    for row in range(count):
+        ids = random_ids(10)
+        labels = ids.clone()
+        labels[: 2 * row] = -100
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def test_gradient_accumulation_gives_the_loss_of_the_large_batch(tmp_path):
+    rows = uneven_rows(4)
+    losses, weights = [], []
+    for batch, steps in [(4, 1), (1, 4), (2, 2)]:
+        torch.manual_seed(0)
+        model = random_model(ScratchGPTForCausalLM, drop_rate=0.0)
+        run = trainer(
+            model,
+            rows,
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=2,
+            optim="sgd",
+        )
+        run.train()
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+        weights.append(model.model.layers[0].mlp.up_proj.weight.detach())
+    assert len(losses[0]) == 2
+    for other in (1, 2):
+        assert losses[other] == pytest.approx(losses[0], rel=1e-5)
+        torch.testing.assert_close(weights[other], weights[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_learns_one_batch_by_heart(checkpointing, tmp_path):
+    model = random_model(ScratchGPTForCausalLM, drop_rate=0.0)
+    run = trainer(
+        model,
+        uneven_rows(2),
+        tmp_path,
+        per_device_train_batch_size=2,
+        max_steps=150,
+        lr_scheduler_type="constant",
+        activation_checkpointing=checkpointing,
+    )
+    run.train()
+    assert run.state.log_history[-2]["loss"] < 0.1
+
+
+def test_norms_and_biases_are_not_decayed(tmp_path):
+    model = random_model(ScratchGPTForCausalLM)
+    optimizer = trainer(model, uneven_rows(1), tmp_path, weight_decay=0.1).create_optimizer()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed = {
+        names[parameter]
+        for group in optimizer.param_groups
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    matrices = {name for name in names.values() if not name.endswith("bias") and "norm" not in name}
+    assert decayed == matrices
+    assert len(matrices) == 2 + 3 * 6
+
+
+def test_lora_trains_with_peft_defaults_and_reloads(tmp_path):
+    base = random_model(ScratchGPTForCausalLM, drop_rate=0.0)
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert {name.split(".")[-4] for name in trained} == {"q_proj", "v_proj"}
+    rows = uneven_rows(2)
+    run = trainer(adapted, rows, tmp_path, per_device_train_batch_size=2, max_steps=5)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits)
+        merged = again.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_transformers_loads_an_adapter_folder(tmp_path):
+    base = random_model(ScratchGPTForCausalLM)
+    base.save_pretrained(tmp_path / "base")
+    base.config.name_or_path = base.name_or_path = str(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits)
+
+
+@torch.no_grad()
+def test_prefix_tuning_hands_its_cache_over(gpt2_folder):
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = []
+    for model_class in (GPT2LMHeadModel, ScratchGPTForCausalLM):
+        torch.manual_seed(0)
+        tuned.append(get_peft_model(model_class.from_pretrained(gpt2_folder), config).eval())
+    ids = random_ids(2, 6)
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        expected, logits = (model(input_ids=ids).logits for model in tuned)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert (logits - tuned[1].get_base_model()(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.skipif(version.parse(peft.__version__) >= version.parse("0.22"), reason="mended there")
+def test_generate_with_a_prefix_that_peft_hands_over_by_the_old_name_alone_is_refused():
+    """Of two caches one would be dropped, and the text would be that of the model untuned."""
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = get_peft_model(random_model(ScratchGPTForCausalLM), config).eval()
+    with pytest.raises(ValueError, match="Both `past_key_values` and `cache` are set"):
+        tuned.generate(input_ids=random_ids(1, 6), max_new_tokens=4, do_sample=False)

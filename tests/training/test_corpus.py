@@ -1,0 +1,334 @@
+"""Texts become one stream of tokens, once, and the stream becomes blocks."""
+
+import json
+import os
+import pickle
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hf_scratch_gpt import ScratchGPTTokenizer
+from hf_scratch_gpt.training import corpus, texts
+from hf_scratch_gpt.training.corpus import Blocks, TokenFile, WholeBatches, documents, tokenize
+
+WORDS = [
+    "the",
+    "cat",
+    "Łódź",
+    "日本",
+    "x=1;",
+    "\r\n",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "'ll",
+    "<|endoftext|>",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(openai_tiny):
+    return ScratchGPTTokenizer.from_pretrained(openai_tiny)
+
+
+@pytest.fixture
+def ids_of(tokenizer, tmp_path):
+    def ids(sources, **options):
+        return tokenize(sources, tokenizer, cache_dir=tmp_path / "cache", **options).ids().tolist()
+
+    return ids
+
+
+def expected(tokenizer, *documents):
+    end = tokenizer.eos_token_id
+    return [token for text in documents for token in (*tokenizer(text)["input_ids"], end)]
+
+
+def parquet(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("piece", [40, 333])
+def test_a_text_read_in_pieces_gives_the_tokens_of_the_whole(
+    piece, tokenizer, ids_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(texts, "PIECE_BYTES", piece)
+    choose = random.Random(piece)
+    text = "".join(choose.choice(WORDS) + choose.choice(" \n") for _ in range(400))
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    pieces = list(documents(path))
+    assert len(pieces) > 2
+    assert "".join(part.text for part in pieces) == text
+    assert [part.ends for part in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert sum(part.size for part in pieces) == path.stat().st_size
+    assert ids_of(path) == expected(tokenizer, text)
+
+
+def test_a_text_without_a_place_to_cut_is_read_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "PIECE_BYTES", 5)
+    path = tmp_path / "a.txt"
+    path.write_text("日本語" * 20)
+    assert "".join(part.text for part in documents(path)) == "日本語" * 20
+
+
+def test_every_kind_of_source_gives_its_documents_in_order(tokenizer, ids_of, tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".hidden.txt").write_text("no")
+    (folder / "skipped.csv").write_text("no")
+    (folder / "b.txt").write_bytes("\ufeffsecond".encode())
+    (folder / "deep" / "c.MD").write_text("third")
+    parquet(folder / "a.parquet", text=["first", None, ""], other=[1, 2, 3])
+    lines = [{"text": "fourth\nwith lines"}, {"text": ""}, {"text": "fi\ud83d\ude00th \ud800"}]
+    (tmp_path / "d.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    found = ids_of([folder, str(tmp_path / "d.jsonl")])
+    wanted = ["first", "second", "third", "fourth\nwith lines", "fi😀th \ufffd"]
+    assert found == expected(tokenizer, *wanted)
+
+
+def test_the_field_of_the_text_can_be_named(tokenizer, ids_of, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "one", "text": 1}\n')
+    table = parquet(tmp_path / "b.parquet", body=pa.array(["two"], pa.large_string()))
+    assert ids_of([path, table], text_field="body") == expected(tokenizer, "one", "two")
+
+
+def test_a_data_set_is_loaded_by_its_name(tokenizer, ids_of, tmp_path, monkeypatch):
+    path = parquet(tmp_path / "a.parquet", text=["one", None, "two"])
+    load, asked = datasets.load_dataset, []
+
+    def loaded(*arguments, **options):
+        asked.append((*arguments, options))
+        return load("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path))
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    assert ids_of("somebody/texts:small") == expected(tokenizer, "one", "two")
+    assert asked == [("somebody/texts", "small", {"split": "train"})]
+    with pytest.raises(ValueError, match=r"no column 'body'; it has 'text'"):
+        ids_of("somebody/texts:small", text_field="body")
+
+
+BAD_FILES = {
+    "empty.txt": (b"", r"empty\.txt is empty; leave it out"),
+    "binary.txt": (b"abc\0def", r"binary\.txt is not UTF-8 text: byte 3 is 0x00; convert"),
+    "latin.txt": (b"0123456789\xe4bc", r"latin\.txt is not UTF-8 text: byte 10 is 0xe4"),
+    "cut.txt": ("0123456789é".encode()[:-1], r"cut\.txt is not UTF-8 text: byte 10 is 0xc3"),
+    "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), r"utf16\.jsonl is not UTF-8 text: byte 0"),
+    "late.jsonl": (b'{"text": "a"}\n{"text": "\xff"}', r"late\.jsonl is not UTF-8 .*byte 24 is"),
+    "cut.jsonl": (b'{"text": "a"}\n\n{"text": ', r"cut\.jsonl, line 3 is not JSON \(Expecting val"),
+    "list.jsonl": (b'["a"]', r"list\.jsonl, line 1 is no JSON object: \[\"a\"\]"),
+    "field.jsonl": (b'{"a": 1, "b": 2}', r"line 1 has no text in field 'text'; it has 'a', 'b'"),
+    "number.jsonl": (b'{"text": 1}', r"line 1 has no text in field 'text'"),
+    "deep.jsonl": (b"[" * 100_000, r"deep\.jsonl, line 1 is nested too deeply"),
+    "nothing.jsonl": (b'\n{"text": ""}\n', r"nothing\.jsonl is empty"),
+    "bad.parquet": (b"PAR1 but no more", r"bad\.parquet is no Parquet file, or a damaged one"),
+    "table.csv": (b"a,b", r"table\.csv ends in '\.csv', and a file to train on ends in \.txt or "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_named_with_the_place_in_it(name, ids_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "PIECE_BYTES", 4)
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        ids_of(tmp_path / name)
+    assert "\n" not in str(raised.value)
+    assert not list((tmp_path / "cache").glob("*.ids")), "nothing half done is left"
+
+
+def test_other_bad_sources_are_named(ids_of, tmp_path):
+    parquet(tmp_path / "a.parquet", text=[1, 2])
+    (tmp_path / "folder").mkdir()
+    for source, message in [
+        (tmp_path / "a.parquet", r"a\.parquet has no text in column 'text'; it has 'text'"),
+        (tmp_path / "folder", r"folder has no file below it that ends in \.txt"),
+        (tmp_path / "none.txt", r"none\.txt' does not exist; name a file, a folder or a data set"),
+        ("./none", r"'\./none' does not exist"),
+        ("", r"'' does not exist"),
+        ("nobody/nothing", r"nobody/nothing is no file and no folder, and cannot be loaded as a"),
+        ([], r"there is no source"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ids_of(source)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_ids_take_two_bytes_where_they_fit(size, dtype, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "vocabulary_size", lambda tokenizer: size)
+    (tmp_path / "a.txt").write_text("one two")
+    file = tokenize(tmp_path / "a.txt", tokenizer, cache_dir=tmp_path)
+    assert (file.dtype, file.tokens, file.documents) == (dtype, len(file.ids()), 1)
+    assert file.ids().dtype == dtype
+    assert file.ids().tolist() == expected(tokenizer, "one two")
+
+
+class _Counting:
+    """A tokenizer that counts the batches it encodes, and may fail at one."""
+
+    def __init__(self, tokenizer, failing=None):
+        self.tokenizer, self.failing, self.batches = tokenizer, failing, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *arguments, **options):
+        self.batches += 1
+        if self.batches == self.failing:
+            raise KeyboardInterrupt
+        return self.tokenizer(*arguments, **options)
+
+
+def test_texts_are_encoded_again_only_when_something_changed(openai_tiny, tmp_path):
+    tokenizer = _Counting(ScratchGPTTokenizer.from_pretrained(openai_tiny))
+    path = tmp_path / "a.txt"
+    path.write_text("one two")
+
+    def encodes(**options):
+        before = tokenizer.batches
+        file = tokenize(path, tokenizer, cache_dir=tmp_path, **options)
+        assert file.ids().tolist() == expected(tokenizer.tokenizer, path.read_text())
+        return tokenizer.batches - before
+
+    assert encodes() == 1
+    tokenizer("a call that pads and cuts", padding="max_length", truncation=True, max_length=9)
+    assert encodes() == 0
+    path.write_text("one 222")
+    os.utime(path, ns=(0, 0))
+    assert encodes() == 1
+    tokenizer.tokenizer.add_tokens(["222"])
+    assert encodes() == 1
+    assert encodes() == 0
+
+
+def test_what_was_left_half_done_is_not_used(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(corpus, "CHARACTERS_PER_CORE", 10)
+    (tmp_path / "a.jsonl").write_text("\n".join(['{"text": "one two three"}'] * 5))
+
+    def encode(tokenizer):
+        return tokenize(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "cache")
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(_Counting(tokenizer, failing=3))
+    assert not list((tmp_path / "cache").glob("*.unfinished"))
+    counting = _Counting(tokenizer)
+    file = encode(counting)
+    assert counting.batches == 5
+    assert file.ids().tolist() == expected(tokenizer, *["one two three"] * 5)
+
+    # as kill -9 or a full disk may leave it
+    whole = file.path.read_bytes()
+    description = file.path.with_suffix(".json")
+    described = description.read_bytes()
+    for damage in (
+        lambda: file.path.write_bytes(whole[:-2]),
+        lambda: file.path.write_bytes(b""),
+        lambda: file.path.unlink(),
+        lambda: description.write_bytes(described[:-5]),
+        lambda: description.unlink(),
+        lambda: file.path.rename(file.path.with_suffix(".unfinished")),
+    ):
+        damage()
+        assert encode(tokenizer) == file
+        assert file.path.read_bytes() == whole
+
+
+def test_of_several_that_ask_at_once_one_encodes(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("one two " * 1000)
+    counting = _Counting(tokenizer)
+    with ThreadPoolExecutor(4) as pool:
+        files = list(
+            pool.map(lambda _: tokenize(tmp_path / "a.txt", counting, cache_dir=tmp_path), range(4))
+        )
+    assert counting.batches == 1
+    assert files == [files[0]] * 4
+
+
+def test_progress_counts_the_bytes_of_all_sources(tokenizer, ids_of, tmp_path, monkeypatch):
+    class Bar:
+        def __init__(self, total, **options):
+            self.total, self.done = total, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def update(self, size):
+            self.done += size
+
+    bars = []
+    monkeypatch.setattr(corpus.logging, "tqdm", Bar)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(corpus, "CHARACTERS_PER_CORE", 10)
+    (tmp_path / "a.txt").write_text("one two " * 20)
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n' * 7)
+    parquet(tmp_path / "c.parquet", text=["four"] * 9)
+    ids_of(tmp_path)
+    assert bars[0].total == sum(path.stat().st_size for path in tmp_path.glob("*.*"))
+    assert bars[0].done == pytest.approx(bars[0].total)
+
+
+def test_a_tokenizer_without_an_end_is_refused(openai_tiny, tmp_path):
+    tokenizer = ScratchGPTTokenizer.from_pretrained(openai_tiny)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"no end-of-text token .* set its eos_token"):
+        tokenize(tmp_path, tokenizer, cache_dir=tmp_path)
+
+
+@pytest.fixture
+def stream(tmp_path):
+    """35 tokens, 0 to 34."""
+    np.arange(35, dtype=np.uint16).tofile(tmp_path / "a.ids")
+    return TokenFile(tmp_path / "a.ids", "uint16", 35, 1, "0")
+
+
+def test_blocks_are_the_stream_cut_in_equal_parts(stream):
+    blocks = Blocks(stream, 8)
+    assert len(blocks) == 4
+    for number, block in enumerate(blocks):
+        wanted = torch.arange(8 * number, 8 * number + 8)
+        assert torch.equal(block["input_ids"], wanted)
+        assert torch.equal(block["labels"], wanted)
+    with pytest.raises(IndexError):
+        blocks[4]
+    assert len(pickle.dumps(blocks)) < 1000
+    assert torch.equal(pickle.loads(pickle.dumps(blocks))[3]["labels"], torch.arange(24, 32))
+
+
+def test_the_last_part_of_the_blocks_is_held_out(stream):
+    for fraction, held_out in [(0.01, 1), (0.3, 1), (0.5, 2)]:
+        training, validation = Blocks(stream, 8).split(fraction)
+        assert (len(training), len(validation)) == (4 - held_out, held_out)
+        first = validation[0]["input_ids"][0].item()
+        assert first == training[len(training) - 1]["input_ids"][-1].item() + 1
+
+
+def test_too_few_tokens_are_refused_with_their_number(stream):
+    with pytest.raises(ValueError, match="35 tokens, less than one block of 36; give more text"):
+        Blocks(stream, 36)
+    with pytest.raises(ValueError, match="block_size=1 leaves no token to predict"):
+        Blocks(stream, 1)
+    with pytest.raises(ValueError, match=r"1 blocks of 20 tokens are too few .* validate on 10%"):
+        Blocks(stream, 20).split(0.1)
+
+
+@pytest.mark.parametrize(("batch_size", "numbers"), [(2, [0, 1, 2, 3]), (3, [0, 1, 2, 3, 0, 1])])
+def test_the_first_blocks_fill_the_last_batch(batch_size, numbers, stream):
+    blocks = WholeBatches(Blocks(stream, 8), batch_size)
+    assert [block["input_ids"][0].item() // 8 for block in blocks] == numbers
+    assert len(blocks) == len(numbers)
+    assert len(WholeBatches(Blocks(stream, 8), 9)) == 9

@@ -1,0 +1,453 @@
+"""`train`: from texts to a saved model, as its arguments say, and no step further."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
+from hf_scratch_gpt.training import callbacks
+from hf_scratch_gpt.training.corpus import Blocks, tokenize
+from hf_scratch_gpt.training.run import parse_flags, train
+from hf_scratch_gpt.training.run_folder import last_checkpoint
+
+from ..models import random_gpt2
+
+TINY = dict(n_embd=32, n_layer=2, n_head=2, n_ctx=16, drop_rate=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny sums are done sooner by one, and always in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(openai_tiny):
+    return ScratchGPTTokenizer.from_pretrained(openai_tiny)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of about a hundred blocks of 16 tokens."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text((Path(__file__).parents[1] / "LICENSE").read_text()[:3000])
+    return path
+
+
+@pytest.fixture
+def run(text, tokenizer, tmp_path):
+    """Train a tiny model, in `tmp_path / name`."""
+
+    def run(name="run", sources=text, **more):
+        defaults = dict(
+            tokenizer=tokenizer,
+            cache_dir=tmp_path / "cache",
+            validation=0.1,
+            max_steps=6,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        given = {**defaults, **more}
+        given.setdefault("overrides", None if "model" in given else TINY)
+        return train(sources, tmp_path / name, **given)
+
+    return run
+
+
+def values(history, name):
+    return [entry[name] for entry in history if name in entry]
+
+
+def held_out_loss(model, blocks):
+    """Loss of all predictions in `blocks`, in float64."""
+    ids = torch.stack([block["input_ids"] for block in blocks])
+    with torch.no_grad():
+        logits = model.double().eval()(ids).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def test_texts_become_a_saved_model_with_its_tokenizer(run, text, tokenizer, tmp_path):
+    result = run(eval_steps=3, per_device_eval_batch_size=4, report_to="tensorboard")
+    assert (result.folder, result.steps) == (tmp_path / "run", 6)
+    assert (result.interrupted, result.went_on_from) == (False, 0)
+    model = AutoModelForCausalLM.from_pretrained(result.folder)
+    assert type(model) is ScratchGPTForCausalLM
+    config = model.config
+    assert (config.vocab_size, config.hidden_size, config.use_cache) == (400, 32, True)
+    assert {config.bos_token_id, config.eos_token_id, config.pad_token_id} == {399}
+    again = AutoTokenizer.from_pretrained(result.folder)
+    assert again("The work")["input_ids"] == tokenizer("The work")["input_ids"]
+
+    _, held_out = Blocks(tokenize(text, tokenizer, cache_dir=tmp_path / "cache"), 16).split(0.1)
+    assert len(held_out) % 4, "the last batch is not full"
+    assert result.last("eval_loss") == pytest.approx(held_out_loss(model, held_out), abs=1e-6)
+    losses, perplexities = (
+        values(result.history, name) for name in ("eval_loss", "eval_perplexity")
+    )
+    assert len(losses) == 2
+    assert perplexities == pytest.approx([math.exp(loss) for loss in losses], rel=1e-12)
+    assert result.last("loss") < values(result.history, "loss")[0] < math.log(400) + 0.1
+    assert result.last("nothing") is None
+    assert (result.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(result.folder.glob("runs/*/events*"))) == 1
+
+
+def test_learning_rates_warm_up_and_follow_a_cosine(run):
+    result = run(max_steps=20, warmup_steps=4, learning_rate=2e-3)
+    steps = range(20)
+    cosine = [1e-3 * (1 + math.cos(math.pi * (step - 4) / 16)) for step in steps]
+    wanted = [2e-3 * step / 4 if step < 4 else cosine[step] for step in steps]
+    assert values(result.history, "learning_rate") == pytest.approx(wanted, abs=1e-12)
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for(run, text, tokenizer, tmp_path):
+    blocks = Blocks(tokenize(text, tokenizer, cache_dir=tmp_path / "cache"), 16)
+    ids = torch.stack([block["input_ids"] for block in blocks])
+    config = ScratchGPTConfig(vocab_size=400, **TINY)
+    set_seed(3)
+    start = ScratchGPTForCausalLM(config)
+    logits = start(ids).logits[:, :-1].flatten(0, 1)
+    F.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+    norm = math.sqrt(sum(weight.grad.square().sum().item() for weight in start.parameters()))
+    for limit in (0.1, 100.0):
+        result = run(
+            f"run{limit}",
+            model=config,
+            validation=None,
+            per_device_train_batch_size=len(blocks),
+            max_steps=1,
+            warmup_steps=0,
+            optim="sgd",
+            learning_rate=0.5,
+            weight_decay=0.0,
+            max_grad_norm=limit,
+            seed=3,
+        )
+        assert values(result.history, "grad_norm") == pytest.approx([norm], rel=1e-4)
+        trained = AutoModelForCausalLM.from_pretrained(result.folder)
+        for before, after in zip(start.parameters(), trained.parameters(), strict=True):
+            step = 0.5 * before.grad * min(1, limit / norm)
+            torch.testing.assert_close(before - step, after, atol=1e-6, rtol=0)
+
+
+def test_one_batch_is_learned_by_heart(run, tmp_path):
+    (tmp_path / "short.txt").write_text("The quick brown fox jumps over the lazy dog. " * 2)
+    result = run(
+        sources=tmp_path / "short.txt",
+        validation=None,
+        max_steps=150,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        logging_steps=50,
+    )
+    assert result.last("loss") < 0.01
+    assert result.last("eval_loss") is None
+
+
+def test_validation_may_have_texts_of_its_own(run, text, tokenizer, tmp_path):
+    (tmp_path / "other.txt").write_text("Nobody expects the perplexity of other texts. " * 9)
+    result = run(validation=tmp_path / "other.txt", block_size=8)
+    model = AutoModelForCausalLM.from_pretrained(result.folder)
+    others = tokenize(tmp_path / "other.txt", tokenizer, cache_dir=tmp_path / "cache")
+    wanted = held_out_loss(model, Blocks(others, 8))
+    assert result.last("eval_loss") == pytest.approx(wanted, abs=1e-6)
+
+
+def test_samples_are_written_on_the_way_and_change_nothing(run):
+    samples = []
+    options = dict(overrides={**TINY, "drop_rate": 0.1}, eval_strategy="no")
+    result = run(
+        sample_prompt="The work",
+        sample_steps=4,
+        on_sample=lambda step, text: samples.append((step, text)),
+        **options,
+    )
+    assert [step for step, _ in samples] == [4, 6]
+    assert all(text.startswith("The work") and len(text) > 12 for _, text in samples)
+    assert values(result.history, "loss") == values(run("other", **options).history, "loss")
+    for prompt in ("", "a b c d e f g h i j k l m n o p q r s t u v w x y z"):
+        run(f"run{len(prompt)}", sample_prompt=prompt, max_steps=2, sample_steps=0.5, **options)
+
+
+@pytest.mark.parametrize("kind", ["ours", "gpt2", "object"])
+def test_a_saved_model_is_trained_on(kind, run, text, tokenizer, tmp_path):
+    first = run("first").folder
+    options = {}
+    if kind == "gpt2":
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 399)
+        start = random_gpt2(vocab_size=400, n_positions=16, **tokens)
+        start.save_pretrained(tmp_path / "gpt2")
+        model = tmp_path / "gpt2"
+    else:
+        start = AutoModelForCausalLM.from_pretrained(first)
+        model = first if kind == "ours" else AutoModelForCausalLM.from_pretrained(first)
+        options["tokenizer"] = None  # its own
+    result = run(model=model, learning_rate=0.0, **options)
+    _, held_out = Blocks(tokenize(text, tokenizer, cache_dir=tmp_path / "cache"), 16).split(0.1)
+    assert result.last("eval_loss") == pytest.approx(held_out_loss(start, held_out), abs=2e-6)
+    trained = AutoModelForCausalLM.from_pretrained(result.folder)
+    assert type(trained) is ScratchGPTForCausalLM
+    assert isinstance(start, GPT2LMHeadModel) == (kind == "gpt2")
+    # GPT-2's files name no length that is generated by default, and so on; see the configuration
+    with pytest.raises(
+        ValueError, match=r"run holds another run \(learning_rate 0\.0 there, 5e-05"
+    ):
+        run(model=model, **options)
+
+
+class Signals(TrainerCallback):
+    """Sends this process a signal when the step number `step` begins."""
+
+    def __init__(self, step, *numbers):
+        self.step, self.numbers = step, numbers
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+
+@pytest.mark.parametrize(
+    ("number", "strategy"),
+    [
+        (signal.SIGINT, "steps"),
+        (signal.SIGINT, "epoch"),
+        (signal.SIGTERM, "no"),
+    ],
+)
+def test_a_signal_stops_with_a_checkpoint_to_go_on_from(number, strategy, run, logged_warnings):
+    options = dict(
+        overrides={**TINY, "drop_rate": 0.1},
+        max_steps=20,
+        per_device_train_batch_size=8,
+        save_strategy=strategy,
+        eval_strategy=strategy,
+        eval_steps=3,
+        save_steps=10,
+    )
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    # torchrun sends a SIGTERM behind a Ctrl-C
+    stop = run(callbacks=[Signals(3, number, signal.SIGTERM)], **options)
+    assert (stop.interrupted, stop.steps) == (True, 3)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [path.name for path in stop.folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (stop.folder / "model.safetensors").exists()
+    assert logged_warnings == [
+        "Stopping after this step, with a checkpoint; Ctrl-C again ends at once"
+    ]
+    result = run(**options)
+    assert (result.interrupted, result.steps, result.went_on_from) == (False, 20, 3)
+    whole = run("whole", **options)
+    for name in ("loss", "eval_loss"):
+        assert values(result.history, name) == values(whole.history, name)
+
+
+@pytest.fixture
+def interruptible():
+    """As in a terminal; a shell starts what runs in the background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_ends_at_once(run, tmp_path, logged_warnings, interruptible):
+    with pytest.raises(KeyboardInterrupt):
+        run(callbacks=[Signals(3, signal.SIGINT, signal.SIGINT)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not list((tmp_path / "run").glob("checkpoint-3"))
+
+
+def test_a_folder_takes_one_run_and_that_once(run, tmp_path):
+    result = run()
+    files = {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}
+    again = run()
+    assert (again.steps, again.went_on_from, again.history) == (6, 6, result.history)
+    # neither how often it reports nor how a batch is made up is another run
+    again = run(eval_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert again.went_on_from == 6
+    with pytest.raises(
+        ValueError,
+        match=r"another run \(batch_size 8 there, 4 here; seed 42 there, 1 here\); choose",
+    ):
+        run(per_device_train_batch_size=4, seed=1)
+    with pytest.raises(ValueError, match=r"\(model\.hidden_size 32 there, 16 here; model\.inter"):
+        run(overrides={**TINY, "n_embd": 16})
+    (tmp_path / "new.txt").write_text("Other words. " * 200)
+    with pytest.raises(
+        ValueError, match=r"\(texts \"\w+\.\.\.\w+\" there, .* here; tokens \d+ there"
+    ):
+        run(sources=tmp_path / "new.txt")
+    assert {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")} == files
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(
+        ValueError, match=r"mine holds files, but no run \(run\.json\); choose anot"
+    ):
+        run("mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_killed_behind_its_last_step_takes_no_other(run):
+    result = run()
+    wanted = {
+        path.name: path.read_bytes()
+        for path in result.folder.iterdir()
+        if path.suffix in (".safetensors", ".json", ".py")
+    }
+    (result.folder / "model.safetensors").write_bytes(b"half")
+    (result.folder / "trainer_state.json").unlink()
+    again = run()
+    assert (again.steps, again.went_on_from) == (6, 6)
+    assert values(again.history, "loss") == values(result.history, "loss")
+    for name, content in wanted.items():
+        if name != "trainer_state.json":
+            assert (result.folder / name).read_bytes() == content, name
+
+
+def test_only_the_last_checkpoints_are_kept(run, tmp_path):
+    run(save_steps=1, save_total_limit=3)
+    kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert kept == {"checkpoint-4", "checkpoint-5", "checkpoint-6"}
+    best = run(
+        "best",
+        save_steps=1,
+        eval_steps=1,
+        save_total_limit=1,
+        learning_rate=0.0,
+        load_best_model_at_end=True,
+    )
+    assert {path.name for path in best.folder.glob("checkpoint-*")} == {
+        "checkpoint-1",
+        "checkpoint-6",
+    }
+
+
+def test_what_does_not_fit_is_said_before_anything_is_done(run, text, tmp_path):
+    nowhere = tmp_path / "none.txt"
+    ScratchGPTForCausalLM(ScratchGPTConfig(vocab_size=97, **TINY)).save_pretrained(tmp_path / "97")
+    small = tmp_path / "97"
+    for message, options in [
+        (r"no preset is called 'gpt2-hug'; did you mean gpt2", dict(model="gpt2-hug")),
+        (r"no preset is called 'gpt2-hug'", dict(model="gpt2-hug", tokenizer=None)),
+        (r"fresh weights come without a tokenizer; give tokenizer=", dict(tokenizer=None)),
+        (r"no tokenizer can be loaded from '.*/no'", dict(tokenizer=tmp_path / "no")),
+        (r"no tokenizer can be loaded from '.*/97'", dict(model=small, tokenizer=None)),
+        (r"no model can be loaded from '.*/no'", dict(model=tmp_path / "no")),
+        (r"the tokenizer has 400 tokens, the model 97; give the", dict(model=small)),
+        (r"the tokenizer has 400 tokens, the model 9;", dict(overrides=dict(n_vocab=9))),
+        (r"overrides=\{'n_layer': 1\} are for", dict(model=small, overrides=dict(n_layer=1))),
+        (r"block_size=17 exceeds the model's 16 positions; give 16", dict(block_size=17)),
+        (r"none\.txt' does not exist", {}),
+        (r"tokens, less than one block of 5000; give more", dict(overrides=dict(n_ctx=5000))),
+        (r"2 blocks of 600 tokens are too few", dict(overrides=dict(n_ctx=600), validation=0.9)),
+        (r"1\.5 is no part of the blocks; give", dict(validation=1.5)),
+    ]:
+        sources = nowhere if options.keys() <= {"model", "tokenizer", "block_size"} else text
+        with pytest.raises(ValueError, match=message) as raised:
+            run(sources=sources, **options)
+        assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_curve_shows_both_losses_with_units(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+    history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "eval_loss": 2.75}]
+    callbacks.draw_loss(history, tmp_path / "loss.png")
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats per token)")
+    assert [line.get_xydata().tolist() for line in axes.lines] == [
+        [[1, 3.0], [2, 2.5]],
+        [[2, 2.75]],
+    ]
+    assert [text.get_text() for text in axes.get_legend().texts] == [
+        "training, 2.500 at step 2",
+        "validation, 2.750 at step 2",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_flags_of_a_command_line_become_arguments():
+    flags = ["--learning-rate", "1e-3", "--max_steps=7", "--bf16", "--lr_scheduler_kwargs", "{}"]
+    assert parse_flags(flags) == dict(
+        learning_rate=1e-3, max_steps=7, bf16=True, lr_scheduler_kwargs="{}"
+    )
+    assert parse_flags([]) == {}
+    for flags, message in [
+        (["--learning-rat", "1"], r"--learning-rat is no argument of training; did you mean --l"),
+        (["--max-steps", "many"], r"argument --max_steps/--max-steps: invalid int value: 'many'"),
+        (["--zzz"], r"--zzz is no argument of training$"),
+        (["word"], r"word is no argument of training"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            parse_flags(flags)
+
+
+def test_a_record_that_is_damaged_is_no_run(run, tmp_path):
+    for content in ("{", "[]", json.dumps("run")):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "run.json").write_text(content)
+        with pytest.raises(ValueError, match="holds files, but no run"):
+            run()
+
+
+def test_progress_takes_the_place_of_bars_and_printed_logs(run, capfd):
+    class Progress(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            steps.append(state.global_step)
+
+    steps = []
+    transformers_logging.enable_progress_bar()
+    try:
+        run(progress=Progress(), disable_tqdm=None, max_steps=2, eval_strategy="no")
+        assert transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.disable_progress_bar()
+    assert steps == [1, 2, 2]
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.strip().rpartition("\r")[2].startswith("Tokenizing: 100%")
+
+
+def test_a_checkpoint_counts_once_all_processes_have_written_theirs(tmp_path):
+    def checkpoint(step, numbers, state='{"global_step": 1}'):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(state)
+        for number in numbers:
+            torch.save([1], folder / f"rng_state{number}.pth")
+        return folder
+
+    assert last_checkpoint(tmp_path) is None
+    alone, two = checkpoint(9, [""]), checkpoint(10, ["_0", "_1"])
+    checkpoint(11, ["_0"])
+    half = checkpoint(12, ["_0", "_1"]) / "rng_state_1.pth"
+    half.write_bytes(half.read_bytes()[:-20])
+    checkpoint(13, [""], state='{"global_st')
+    checkpoint(14, [])
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) == two
+    assert last_checkpoint(tmp_path, before=10) == alone

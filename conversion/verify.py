@@ -1,4 +1,4 @@
-"""Compare a saved model with the GPT-2 that it was made of: `python -m conversion.verify --help`."""
+"""Compare a saved model with the GPT-2 it was made of: `python -m conversion.verify --help`."""
 
 import sys
 

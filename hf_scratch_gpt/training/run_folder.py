@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..files import new_file
 from .corpus import Blocks, fingerprint
 
 RECORD = "run.json"

@@ -27,6 +27,7 @@ _NEEDED = [
     ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS.get_interface", ""),
     ("transformers.modeling_utils", "slice_logits_to_keep", ""),
     ("transformers.initialization", "normal_", "mean std"),
+    ("transformers.loss.loss_utils", "ForCausalLMLoss", "num_items_in_batch shift_labels"),
     ("transformers.utils", "can_return_tuple", ""),
     ("transformers.utils", "TransformersKwargs", ""),
     ("transformers.utils.deprecation", "deprecate_kwarg", "new_name"),

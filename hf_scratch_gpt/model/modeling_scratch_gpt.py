@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -285,7 +286,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = loss = None
-        if labels is not None and self.config.chunked_loss and self.training:
+        if labels is not None and self._takes_loss_in_pieces():
             loss = self.loss_in_pieces(hidden_states, labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)
@@ -300,6 +301,11 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _takes_loss_in_pieces(self) -> bool:
+        """Whether it is wanted, and neither loss nor head have been replaced."""
+        wanted = self.config.chunked_loss and self.training
+        return wanted and self.loss_function is ForCausalLMLoss and type(self.lm_head) is nn.Linear
 
     def loss_in_pieces(
         self,
@@ -320,10 +326,19 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             shift_labels: (B, T), labels that are shifted already, in place of `labels`.
 
         Returns:
-            The mean negative log-likelihood in nats, in float32.
+            The mean negative log-likelihood in nats, in float32. It can be differentiated once.
+
+        Raises:
+            ValueError: there are more or fewer labels than hidden states.
+            RuntimeError: a label is outside of the vocabulary.
         """
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if shift_labels.shape != hidden_states.shape[:-1]:
+            raise ValueError(
+                f"labels have the shape {list(shift_labels.shape)}, and the tokens "
+                f"{list(hidden_states.shape[:-1])}; give one label for each"
+            )
         shift_labels = shift_labels.flatten().to(hidden_states.device)
         losses = F.linear_cross_entropy(
             hidden_states.flatten(0, -2),

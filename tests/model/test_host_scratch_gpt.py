@@ -71,7 +71,7 @@ def test_what_is_missing_is_named(monkeypatch, module, name, replacement, messag
 
 @pytest.mark.parametrize("place", ["package", "saved folder"])
 def test_an_import_beside_another_transformers_is_one_error(place, saved_model):
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     path, name = root, "hf_scratch_gpt"
     if place == "saved folder":
         path, name = saved_model.parent, f"{saved_model.name}.modeling_scratch_gpt"
@@ -85,6 +85,6 @@ def test_an_import_beside_another_transformers_is_one_error(place, saved_model):
 
 
 def test_pyproject_asks_for_no_older_transformers_than_was_tested():
-    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert f'"transformers>={TESTED.removesuffix(".0")},' in text
     assert "cache" in inspect.signature(transformers.GPT2LMHeadModel.forward).parameters

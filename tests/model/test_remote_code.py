@@ -86,7 +86,7 @@ def test_every_auto_class_loads_without_the_package(converted, tmp_path):
 
 def test_saved_folder_holds_the_code(converted):
     names = {path.name for path in converted.glob("*.py")}
-    package = Path(__file__).parent.parent / "hf_scratch_gpt"
+    package = Path(__file__).parents[2] / "hf_scratch_gpt" / "model"
     assert names == {path.name for path in package.glob("*_scratch_gpt.py")}
     auto_map = json.loads((converted / "config.json").read_text())["auto_map"]
     for reference in auto_map.values():
@@ -115,7 +115,7 @@ def test_auto_classes_find_the_package_when_it_is_imported(model_class, tmp_path
 
 
 def test_saved_code_imports_only_what_users_have():
-    package = Path(__file__).parent.parent / "hf_scratch_gpt"
+    package = Path(__file__).parents[2] / "hf_scratch_gpt" / "model"
     allowed = ("torch", "transformers", "tiktoken", "huggingface_hub", "tokenizers")
     for path in package.glob("*_scratch_gpt.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,0 +1,116 @@
+"""The rules of the house: what may import what, and that the model can be copied and renamed."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hf_scratch_gpt"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODEL = sorted((PACKAGE / "model").glob("*.py"))
+# The one file that may name operators of torch which are not public.
+PRIVATE = PACKAGE / "engine" / "private_ops.py"
+
+
+def names_of_torch(path: Path) -> set[str]:
+    """Dotted names in a file that begin with `torch`, imported ones among them."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("torch.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_of_torch_stand_in_one_file(path):
+    private = {n for n in names_of_torch(path) if re.search(r"\._(?!_)|\.ops\.", n)}
+    assert path == PRIVATE or not private
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_imports_the_face(path):
+    """A wing that did would draw in all others."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module, node.level) != ("hf_scratch_gpt", 0)
+            if node.module is None and node.level == depth:
+                assert all((PACKAGE / f"{alias.name}.py").is_file() for alias in node.names)
+        elif isinstance(node, ast.Import):
+            assert "hf_scratch_gpt" not in [alias.name for alias in node.names]
+
+
+def ours(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+    assert all(node.level == 1 for node in imports), f"{path} imports from outside of model/"
+    return {str(node.module) for node in imports}
+
+
+def test_the_model_imports_nothing_else_of_ours():
+    modules = {path.stem for path in MODEL}
+    assert all(ours(path) <= modules for path in MODEL)
+    assert ours(PACKAGE / "model" / "blocks_scratch_gpt.py") == {"configuration_scratch_gpt"}
+    assert len(modules - {"__init__"}) <= 8
+
+
+TRAIN_AND_SAVE = """
+import importlib, sys, torch
+try:
+    import hf_scratch_gpt
+except ImportError:
+    pass
+else:
+    raise AssertionError("the original can be imported")
+from my_gpt.configuration_my_gpt import MyGPTConfig
+from my_gpt.modeling_my_gpt import MyGPTForCausalLM
+torch.manual_seed(0)
+config = MyGPTConfig(vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+model, ids = MyGPTForCausalLM(config), torch.randint(0, 97, (2, 9))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+model(ids, labels=ids).loss.backward()
+optimizer.step()
+model.eval().save_pretrained(sys.argv[1])
+print(model.generate(ids[:1], max_new_tokens=5, do_sample=False).tolist(), ids[:1].tolist())
+"""
+
+LOAD_AND_GENERATE = """
+import sys, torch, transformers
+assert "my_gpt" not in sys.modules
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+assert model.config.model_type == "my_gpt"
+ids = torch.tensor(eval(sys.argv[2]))
+print(model.generate(ids, max_new_tokens=5, do_sample=False).tolist())
+"""
+
+
+def test_a_copy_under_another_name_works_alone(tmp_path):
+    """As an engineer would begin who brings a model of his own to transformers."""
+    copy = tmp_path / "home" / "my_gpt"
+    shutil.copytree(PACKAGE / "model", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in copy.iterdir():
+        text = path.read_text().replace("scratch_gpt", "my_gpt").replace("ScratchGPT", "MyGPT")
+        path.unlink()
+        path.with_name(path.name.replace("scratch_gpt", "my_gpt")).write_text(text)
+
+    def run(code: str, *arguments: str, at: Path) -> str:
+        code = f"import sys; sys.modules['hf_scratch_gpt'] = None; sys.path.insert(0, '.')\n{code}"
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=at, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    saved = tmp_path / "saved"
+    written, prompt = run(TRAIN_AND_SAVE, str(saved), at=copy.parent).split("]] ")
+    (tmp_path / "elsewhere").mkdir()
+    again = run(LOAD_AND_GENERATE, str(saved), prompt, at=tmp_path / "elsewhere")
+    assert again.strip() == f"{written}]]"

@@ -1,4 +1,4 @@
-"""The two engines that encode, and what keeps them in step: tiktoken and the tokenizers library."""
+"""The two encoders, tiktoken and the tokenizers library, and what keeps them in step."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from .vocabulary_scratch_gpt import BYTE_TO_UNICODE, END_OF_TEXT, Vocabulary, to
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 # tiktoken's regular expressions give up, and take the process with them, on a million characters of
-# white space in a row. A run of twice this length is noticed, and goes to the other engine.
+# white space in a row. A run of twice this length is noticed, and goes to the other encoder.
 _LONG_SPACE = 10_000
 
 
-def check_engines(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+def check_encoders(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
     """Raise a ValueError unless merging makes each token by its own merge.
 
     tiktoken joins any two neighbours that make a token together, the tokenizers library only those
@@ -51,7 +51,7 @@ def build_tiktoken(vocabulary: Vocabulary) -> tuple[tiktoken.Encoding, list[int]
     return encoding, None if same else id_of_rank
 
 
-def is_plain(text: str, added: list[str]) -> bool:
+def suits_tiktoken(text: str, added: list[str]) -> bool:
     """Whether `text` holds none of the `added` tokens and no long run of white space."""
     if any(token in text for token in added):
         return False

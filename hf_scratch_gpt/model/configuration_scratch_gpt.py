@@ -103,9 +103,10 @@ class ScratchGPTConfig(PretrainedConfig):
         scale_attn_weights: whether scores are divided by the square root of the head size.
         scale_attn_by_inverse_layer_idx: whether layer i's scores are divided by i + 1 as well.
         fused_kernels: compute LayerNorm and GELU by torch's fused kernels (True) or written out
-            (False). Attention is chosen by transformers' `attn_implementation`.
+            (False). A choice for the run, which is stored with the model all the same. Attention
+            is chosen by transformers' `attn_implementation`.
         chunked_loss: compute the loss of training a few hundred tokens at a time, which takes less
-            memory and gives no `logits`.
+            memory and gives no `logits`. Stored with the model too.
         layer_norm_eps: added to the variance in LayerNorm.
         embedding_dropout, hidden_dropout, attention_dropout: probability of dropping an embedding,
             a sub-layer's output, an attention weight, in training.
@@ -198,7 +199,9 @@ class ScratchGPTConfig(PretrainedConfig):
             kwargs.pop(name, None)
         for name in kwargs:
             if callable(getattr(type(self), name, None)):
-                raise ValueError(f"{name} is a method of the configuration, no field; leave it out")
+                raise ValueError(
+                    f"{name} is a method of the configuration, not a field; leave it out"
+                )
         head_dim = kwargs.pop("head_dim", None)
         super().__post_init__(**kwargs)
 
@@ -261,14 +264,14 @@ class ScratchGPTConfig(PretrainedConfig):
             raise ValueError("eos_token_id=[] names no token; give one, or None")
         if self.hidden_act not in GELU_FORMS and self.hidden_act not in ACT2FN:
             raise ValueError(
-                f"hidden_act={self.hidden_act!r} is no activation of transformers; choose one of "
+                f"hidden_act={self.hidden_act!r} is not an activation of transformers; choose one of "
                 f"{', '.join(GELU_FORMS)}, or another of transformers.activations.ACT2FN"
             )
         for name in (*_DROPOUTS, "classifier_dropout"):
             probability = getattr(self, name)
             if probability is not None and not 0 <= probability <= 1:
                 raise ValueError(
-                    f"{name}={probability} is no probability; give a number from 0 to 1"
+                    f"{name}={probability} is not a probability; give a number from 0 to 1"
                 )
         for name in ("layer_norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
@@ -321,7 +324,7 @@ class ScratchGPTConfig(PretrainedConfig):
         if fields.get("model_type") == "gpt2":
             fields = {**fields, "model_type": cls.model_type}
             # GPT-2's files name no padding token, and then a batch cannot be generated from. A
-            # classifier is left as it is: it reads the last token that is no padding.
+            # classifier is left as it is: it reads the last token that is not padding.
             classifies = "GPT2ForSequenceClassification" in (fields.get("architectures") or [])
             if fields.get("pad_token_id") is None and not classifies:
                 ends = fields.get("eos_token_id", END_OF_TEXT_ID)

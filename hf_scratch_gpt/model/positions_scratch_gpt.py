@@ -109,7 +109,7 @@ def check_inputs(
         return
     try:
         lowest, highest = (int(number) for number in input_ids.aminmax())
-    except RuntimeError:  # within torch.func.vmap there is no one value to look at
+    except RuntimeError:  # within torch.func.vmap no single value can be looked at
         return
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(

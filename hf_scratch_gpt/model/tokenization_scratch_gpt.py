@@ -2,7 +2,7 @@
 
 Ids come from tiktoken. What goes beyond ids (offsets, words, overflow, pairs, added tokens inside a
 text) comes from the tokenizers library, which transformers' fast tokenizers are built on; it runs
-the same merges, several times slower. `check_engines` makes sure that both agree on every token.
+the same merges, several times slower. `check_encoders` makes sure that both agree on every token.
 """
 
 import json
@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
-from .bpe_scratch_gpt import build_tiktoken, check_engines, is_plain, mended
+from .bpe_scratch_gpt import build_tiktoken, check_encoders, mended, suits_tiktoken
 from .vocabulary_scratch_gpt import (
     END_OF_TEXT,
     read_text,
@@ -28,10 +28,10 @@ from .vocabulary_scratch_gpt import (
 # From here on, in characters, a batch is worth threads.
 _LARGE_BATCH = 1 << 20
 
-# To look for each of so many added tokens takes longer than the other engine.
+# Looking for each of so many added tokens takes longer than the other encoder.
 _MANY_ADDED = 20
 
-# Arguments that concern ids alone; any other one that is set asks for the other engine.
+# Arguments that concern ids alone; any other one that is set asks for the other encoder.
 _OPTIONS_ON_IDS = {
     "add_special_tokens",
     "max_length",
@@ -76,9 +76,9 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
     Args:
         vocab_file: `vocab.json`, OpenAI's `encoder.json`, or a `.tiktoken` file of ranks.
         merges_file: `merges.txt` or OpenAI's `vocab.bpe`; not with a `.tiktoken` file.
-        tokenizer_file: `tokenizer.json`, if there are no such files.
+        tokenizer_file: `tokenizer.json`, in place of the two files.
         tokenizer_object: a `tokenizers.Tokenizer` in place of files.
-        errors: kept for GPT-2's sake; bytes that are no UTF-8 decode to U+FFFD.
+        errors: kept for GPT-2's sake; bytes that are not UTF-8 decode to U+FFFD.
         bos_token, eos_token, pad_token, unk_token: all the end of text by default.
         add_prefix_space: put a space before a text that begins without one.
 
@@ -134,7 +134,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         )
         self._vocabulary = vocabulary
         self._tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges))
-        check_engines(vocabulary, self._tokenizer)
+        check_encoders(vocabulary, self._tokenizer)
         # The same model without added tokens, truncation and padding: nothing that is set later
         # changes the alignment of texts that are encoded already.
         self._aligner = Tokenizer(self._tokenizer.model)
@@ -198,7 +198,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         return self._tiktoken
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
-        """What every way of calling the tokenizer comes down to in transformers."""
+        """Encode; transformers calls this for every way of calling the tokenizer."""
         text, text_pair = mended(text), mended(text_pair)
         texts = [text] if isinstance(text, str) else text
         paired = text_pair if isinstance(text, str) else text_pair is not None
@@ -254,7 +254,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         return encoded.tokens()
 
     def _gives_ids_alone(self, texts: Any, options: dict[str, Any]) -> bool:
-        """Whether tiktoken is all it takes: plain strings, and no option that asks for more."""
+        """Whether tiktoken can do it: plain strings, and no option that asks for more than ids."""
         if not isinstance(texts, (list, tuple)) or not texts or self.add_prefix_space:
             return False
         if any(value for name, value in options.items() if name not in _OPTIONS_ON_IDS):
@@ -275,7 +275,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         added = [token for token, special in self._added if not (special and split)]
         if len(added) > _MANY_ADDED:
             return False
-        return all(isinstance(text, str) and is_plain(text, added) for text in texts)
+        return all(isinstance(text, str) and suits_tiktoken(text, added) for text in texts)
 
     def _truncated(self, rows: list[list[int]], options: dict[str, Any]) -> list[list[int]]:
         strategy = options.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE)

@@ -122,13 +122,13 @@ def read_json(text: str, origin: str) -> Any:
         content = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{origin} is no complete JSON at line {error.lineno}, column {error.colno} "
+            f"{origin} is not complete JSON at line {error.lineno}, column {error.colno} "
             f"({error.msg}); fetch it again"
         ) from None
     except RecursionError:
         raise ValueError(f"{origin} is nested too deeply; is it the right file?") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{origin} holds no JSON object; is it the right file?")
+        raise ValueError(f"{origin} is not a JSON object; is it the right file?")
     return content
 
 
@@ -160,7 +160,7 @@ def read_tokenizer_json(text: str, origin: str) -> dict[str, Any]:
     if not all(isinstance(value, kind) for value, kind in shapes) or not all(
         isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
     ):
-        raise ValueError(f"{origin} lacks a vocabulary, or has added tokens that are none")
+        raise ValueError(f"{origin} lacks a vocabulary, or has added tokens without content")
     differences = [
         f"model of type {model.get('type')!r}" if model.get("type", "BPE") != "BPE" else "",
         f"pre_tokenizer {splitter.get('type')!r}" if splitter.get("type") != "ByteLevel" else "",
@@ -170,7 +170,7 @@ def read_tokenizer_json(text: str, origin: str) -> dict[str, Any]:
     ]
     if any(differences):
         raise ValueError(
-            f"{origin} is no byte-level BPE tokenizer of GPT-2's kind "
+            f"{origin} is not a byte-level BPE tokenizer of GPT-2's kind "
             f"({', '.join(filter(None, differences))}); load it with transformers' "
             "PreTrainedTokenizerFast"
         )
@@ -277,7 +277,7 @@ def check(vocabulary: Vocabulary, special: set[str]) -> Vocabulary:
         for token in (left, right, left + right):
             if token not in ids:
                 raise ValueError(
-                    f"{where} merges {left!r} and {right!r}, but {token!r} is no token"
+                    f"{where} merges {left!r} and {right!r}, but {token!r} is not a token"
                 )
         for token in (left, right):
             if token not in made:

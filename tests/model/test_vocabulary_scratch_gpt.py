@@ -56,7 +56,7 @@ def write(name, content):
 SPOILT = {
     "no vocabulary": (lambda f: (f / "vocab.json").unlink(), r"takes vocab.json and merges.txt"),
     "no merges": (lambda f: (f / "merges.txt").unlink(), r"takes vocab.json and merges.txt"),
-    "cut vocabulary": (cut("vocab.json", 1000), r"vocab\.json is no complete JSON at line 1, col"),
+    "cut vocabulary": (cut("vocab.json", 1000), r"vocab\.json is not complete JSON at line 1, col"),
     "cut merges": (
         cut("merges.txt", 400),
         r"merges\.txt, line \d+ (merges|is not two)|no merge that",
@@ -71,7 +71,7 @@ SPOILT = {
         r"merges\.txt is not UTF-8 at byte 9",
     ),
     "vocabulary not UTF-8": (write("vocab.json", b'{"\xff": 1}'), r"vocab\.json is not UTF-8"),
-    "a list": (write("vocab.json", b"[1, 2]"), r"vocab\.json holds no JSON object"),
+    "a list": (write("vocab.json", b"[1, 2]"), r"vocab\.json is not a JSON object"),
     "token twice": (write("vocab.json", b'{"a": 0, "a": 1}'), r"vocab\.json has 'a' twice"),
     "gap": (edit_vocab(**{"<|endoftext|>": 500}), r"vocab\.json has no token with id 399"),
     "id twice": (

@@ -5,6 +5,8 @@ import logging
 import os
 import tempfile
 
+# Models here are tiny: threads would only wait for one another. Subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Before transformers reads them: code copied from saved models goes to a folder of this run.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_scratch_gpt-tests-")

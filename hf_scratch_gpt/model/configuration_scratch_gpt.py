@@ -264,7 +264,7 @@ class ScratchGPTConfig(PretrainedConfig):
             raise ValueError("eos_token_id=[] names no token; give one, or None")
         if self.hidden_act not in GELU_FORMS and self.hidden_act not in ACT2FN:
             raise ValueError(
-                f"hidden_act={self.hidden_act!r} is not an activation of transformers; choose one of "
+                f"hidden_act={self.hidden_act!r} is not an activation of transformers; choose "
                 f"{', '.join(GELU_FORMS)}, or another of transformers.activations.ACT2FN"
             )
         for name in (*_DROPOUTS, "classifier_dropout"):

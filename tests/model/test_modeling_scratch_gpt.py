@@ -26,8 +26,8 @@ def reference(gpt2_folder):
     return GPT2LMHeadModel.from_pretrained(gpt2_folder)
 
 
-@pytest.fixture(params=["eager", "sdpa", "flex_attention"])
-def ours(request, gpt2_folder):
+@pytest.fixture
+def ours(implementation, gpt2_folder):
     """The same weights in our model.
 
     torch 2.13 compiles flex attention wrongly on a CPU where lengths vary (C++ that does not build)
@@ -36,7 +36,7 @@ def ours(request, gpt2_folder):
     """
     torch._dynamo.reset()
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        yield ScratchGPTForCausalLM.from_pretrained(gpt2_folder, attn_implementation=request.param)
+        yield ScratchGPTForCausalLM.from_pretrained(gpt2_folder, attn_implementation=implementation)
 
 
 def padded_batch(rows: int, padding: str):
@@ -60,8 +60,19 @@ def logits_step_by_step(model, ids, mask):
     return torch.cat(pieces, dim=1)
 
 
+# Flex attention is compiled for each length: with a cache, for three.
+@pytest.mark.parametrize(
+    ("implementation", "cached"),
+    [
+        ("eager", False),
+        ("eager", True),
+        ("sdpa", False),
+        ("sdpa", True),
+        ("flex_attention", False),
+        pytest.param("flex_attention", True, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("padding", ["no", "left", "right"])
 @torch.no_grad()
 def test_logits_equal_gpt2s(ours, reference, padding, cached, rows):
@@ -75,6 +86,7 @@ def test_logits_equal_gpt2s(ours, reference, padding, cached, rows):
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_full_size_logits_equal_gpt2s(tmp_path):
     reference = random_gpt2(vocab_size=50257, n_positions=1024, n_embd=768, n_head=12, n_layer=12)
@@ -398,7 +410,7 @@ class TestKeywords:
 
     def test_compiled_code_refuses_too(self):
         torch._dynamo.reset()
-        model = torch.compile(random_model(ScratchGPTForCausalLM))
+        model = torch.compile(random_model(ScratchGPTForCausalLM), backend="eager")
         with pytest.raises(TypeError, match="'cahce'"):
             model(random_ids(1, 3), cahce=DynamicCache())
 

@@ -48,7 +48,7 @@ def expected(request, tmp_path_factory):
 def test_two_processes_agree_with_one(kind, expected):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run = subprocess.run(
-        [*command, "--nproc_per_node=2", "-m", "tests.parallel_worker", kind, str(expected)],
+        [*command, "--nproc_per_node=2", "-m", "tests.model.parallel_worker", kind, str(expected)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,

@@ -10,14 +10,8 @@ from pathlib import Path
 
 from ..model.configuration_scratch_gpt import PRESETS, ScratchGPTConfig
 from .digests import unchecked_files
-from .sources import (
-    GPT2Source,
-    by_plain_name,
-    load_pickle,
-    stored_tensors,
-    take_tied_head,
-    told_as_error,
-)
+from .pickles import Pickle
+from .sources import GPT2Source, by_plain_name, told_as_error
 
 
 def read_textbook(
@@ -31,24 +25,19 @@ def read_textbook(
         preset: a published size to take them from.
 
     Raises:
-        ValueError: it is no such file, or the number of heads is not known.
+        ValueError: it is not such a file, or the number of heads is not known.
     """
-    content = load_pickle(source)
-    if isinstance(content, dict) and "model_state_dict" in content:
-        content = content["model_state_dict"]
-    tensors = by_plain_name(stored_tensors(content, source))
+    pickle = Pickle(source)
+    is_wrapped = isinstance(pickle.content, dict) and "model_state_dict" in pickle.content
+    tensors, dropped = by_plain_name(pickle.tensors("model_state_dict" if is_wrapped else None))
     for name in ("tok_emb.weight", "pos_emb.weight"):
         if name not in tensors or len(tensors[name].shape) != 2:
-            raise ValueError(f"{source} is no textbook GPT: it lacks a matrix {name}")
+            raise ValueError(f"{source} is not a textbook GPT: it lacks a matrix {name}")
     vocabulary, width = tensors["tok_emb.weight"].shape
-    layers = {
-        int(match[1]) for name in tensors if (match := re.match(r"trf_blocks\.(\d+)\.", name))
-    }
+    layers = [re.match(r"trf_blocks\.(\d+)\.", name) for name in tensors]
+    depth = max((int(layer[1]) for layer in layers if layer), default=0) + 1
     inner = tensors.get("trf_blocks.0.ff.layers.0.weight")
-    depth = max(layers, default=0) + 1
-    if preset is not None:
-        _check_preset(source, preset, width, depth)
-    heads, assumed = _heads(source, width, num_heads, preset)
+    heads, assumed = _heads(source, width, depth, num_heads, preset)
     with told_as_error(source):
         config = ScratchGPTConfig(
             vocab_size=vocabulary,
@@ -59,11 +48,6 @@ def read_textbook(
             max_position_embeddings=tensors["pos_emb.weight"].shape[0],
             qkv_bias="trf_blocks.0.att.W_query.bias" in tensors,
         )
-    dropped = {
-        tensors.pop(name).name: "a causal mask, made anew for each text"
-        for name in list(tensors)
-        if name.endswith(".att.mask")
-    }
     opened = GPT2Source(
         f"textbook state dict{assumed}",
         source,
@@ -73,27 +57,25 @@ def read_textbook(
         dropped=dropped,
         unchecked=unchecked_files([Path(source)]),
     )
-    take_tied_head(opened, "out_head.weight", "tok_emb.weight")
+    opened.untie_or_drop_head("out_head.weight", "tok_emb.weight")
     return opened
 
 
-def _check_preset(source: str, preset: str, width: int, depth: int) -> None:
-    """Raise a ValueError if the published size `preset` is not that of the tensors."""
-    published = ScratchGPTConfig.from_preset(preset)
-    if (published.hidden_size, published.num_hidden_layers) != (width, depth):
-        raise ValueError(
-            f"{source} has {depth} layers of width {width}, and {preset} has "
-            f"{published.num_hidden_layers} of width {published.hidden_size}; pass --num-heads "
-            "instead of --preset"
-        )
-
-
-def _heads(source: str, width: int, num_heads: int | None, preset: str | None) -> tuple[int, str]:
+def _heads(
+    source: str, width: int, depth: int, num_heads: int | None, preset: str | None
+) -> tuple[int, str]:
     """How many attention heads there are, and a note if that is an assumption."""
+    if preset is not None:
+        published = ScratchGPTConfig.from_preset(preset)
+        if (published.hidden_size, published.num_hidden_layers) != (width, depth):
+            raise ValueError(
+                f"{source} has {depth} layers of width {width}, and {preset} has "
+                f"{published.num_hidden_layers} of width {published.hidden_size}; pass --num-heads "
+                "instead of --preset"
+            )
+        return num_heads or published.num_attention_heads, ""
     if num_heads is not None:
         return num_heads, ""
-    if preset is not None:
-        return ScratchGPTConfig.from_preset(preset).num_attention_heads, ""
     known = {sizes["hidden_size"]: sizes["num_attention_heads"] for sizes in PRESETS.values()}
     if width not in known:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from .names import rules_by_layer
-from .sources import GPT2Source, StoredTensor
+from .sources import GPT2Source, StoredTensor, told_as_error
 
 _NAMED = 5  # names in one message
 
@@ -35,6 +36,13 @@ class Piece:
         """Where the stored tensors come from, for messages."""
         return " or ".join(stored.where for stored in self.stored) or "zeros"
 
+    def check(self) -> None:
+        """Raise a ValueError if a stored tensor has not the shape or data type that it needs."""
+        for stored in self.stored:
+            outputs, *inputs = self.shapes[0]
+            whole = (outputs * len(self.shapes) // len(self.stored), *inputs)
+            stored.check(whole[::-1] if self.transposed else whole)
+
     def read(self) -> list[torch.Tensor]:
         """The tensors to write, views of what is stored where that is enough."""
         if not self.stored:
@@ -50,17 +58,13 @@ def plan(source: GPT2Source) -> list[Piece]:
     Raises:
         ValueError: a tensor is missing, left over, or has another shape or data type; names it.
     """
-    config = source.config
-    layers = config.num_hidden_layers
+    layers = source.config.num_hidden_layers
     if layers > len(source.tensors):  # a billion would take long to make
         raise ValueError(
             f"{source.path} has {len(source.tensors)} tensors, too few for {layers} layers"
         )
-    try:
-        shapes = shapes_of(config)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{source.path}: no tensor can have the sizes given ({reason})") from None
+    with told_as_error(source.path):
+        shapes = shapes_of(source.config)
     left = dict(source.tensors)
     pieces: list[Piece] = []
     missing: list[str] = []
@@ -77,26 +81,25 @@ def plan(source: GPT2Source) -> list[Piece]:
         stored = [] if absent else [left.pop(name) for name in wanted]
         transposed = rule.is_matrix and source.inputs_first
         pieces.append(Piece(names, [shapes[name] for name in names], stored, transposed))
-    if not config.tie_word_embeddings:
-        head, name = "out_head.weight" if source.textbook else "lm_head.weight", "lm_head.weight"
+    if not source.config.tie_word_embeddings:
+        head, ours = "out_head.weight" if source.textbook else "lm_head.weight", "lm_head.weight"
         if head in left:
-            pieces.append(Piece([name], [shapes[name]], [left.pop(head)]))
+            pieces.append(Piece([ours], [shapes[ours]], [left.pop(head)]))
         else:
             missing.append(head)
-    if missing:
-        raise ValueError(f"{source.path} lacks the tensors {_some(missing)}")
-    if left:
-        names_left = [tensor.name for tensor in left.values()]
-        raise ValueError(f"{source.path} has tensors that GPT-2 has not: {_some(names_left)}")
+    _raise_if_any(missing, f"{source.path} lacks the tensors")
+    left_names = [tensor.name for tensor in left.values()]
+    _raise_if_any(left_names, f"{source.path} has tensors that GPT-2 has not:")
     for piece in pieces:
-        _check(piece)
+        piece.check()
     return pieces
 
 
-def _some(names: list[str]) -> str:
-    """The first few of `names`, and how many there are besides."""
+def _raise_if_any(names: list[str], what: str) -> None:
+    """Raise a ValueError that tells the first few of `names`, if there are any."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    if names:
+        raise ValueError(f"{what} {', '.join(names[:_NAMED])}{more}")
 
 
 def shapes_of(config: ScratchGPTConfig) -> dict[str, tuple[int, ...]]:
@@ -106,21 +109,9 @@ def shapes_of(config: ScratchGPTConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in ours.items()}
 
 
-def _check(piece: Piece) -> None:
-    """Raise a ValueError if a stored tensor of `piece` has not the shape or kind that it needs."""
-    for stored in piece.stored:
-        outputs, *inputs = piece.shapes[0]
-        whole = (outputs * len(piece.shapes) // len(piece.stored), *inputs)
-        stored.check(whole[::-1] if piece.transposed else whole)
-
-
 def common_dtype(pieces: list[Piece]) -> torch.dtype:
     """The data type that holds every stored tensor of `pieces` without loss."""
-    dtypes = {stored.dtype for piece in pieces for stored in piece.stored}
-    common = dtypes.pop()
-    for dtype in dtypes:
-        common = torch.promote_types(common, dtype)
-    return common
+    return reduce(torch.promote_types, (part.dtype for piece in pieces for part in piece.stored))
 
 
 def num_parameters(pieces: list[Piece]) -> int:

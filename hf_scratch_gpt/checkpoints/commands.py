@@ -95,9 +95,8 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _open_source(options: argparse.Namespace) -> GPT2Source:
-    return open_source(
-        options.source, options.format, options.tokenizer, options.num_heads, options.preset
-    )
+    textbook = dict(num_heads=options.num_heads, preset=options.preset)
+    return open_source(options.source, options.format, options.tokenizer, **textbook)
 
 
 def _run(work: Callable[[], list[str]]) -> int:
@@ -130,6 +129,5 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def _printable(text: str) -> str:
     """`text` with what would steer a terminal written as escapes; names come from files."""
-    return "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
-    )
+    escaped = (sign.encode("unicode_escape").decode() for sign in text)
+    return "".join(a if a.isprintable() else b for a, b in zip(text, escaped, strict=True))

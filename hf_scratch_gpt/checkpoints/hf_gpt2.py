@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -36,17 +37,13 @@ def read_hf_gpt2(source: str) -> GPT2Source:
         folder = _download(OFFICIAL.get(source, source))
     config = _config(folder)
     files = weight_files(folder)
-    stored = [tensor for file in files for tensor in _tensors(file)]
-    tensors, dropped = by_plain_name(stored, (*WRAPPERS, "transformer."))
-    opened = GPT2Source(
-        "transformers GPT-2",
-        source,
-        config,
-        tensors,
-        inputs_first=True,
-        dropped=dropped,
-        unchecked=unchecked_files(files),
+    by_file = (
+        safetensors(file) if file.suffix == ".safetensors" else Pickle(str(file)).tensors()
+        for file in files
     )
+    tensors, dropped = by_plain_name(chain.from_iterable(by_file), (*WRAPPERS, "transformer."))
+    opened = GPT2Source("transformers GPT-2", source, config, tensors, inputs_first=True)
+    opened.dropped, opened.unchecked = dropped, unchecked_files(files)
     if config.tie_word_embeddings:
         opened.untie_or_drop_head()
     vocabulary_files = ScratchGPTTokenizer.vocab_files_names.values()
@@ -60,18 +57,18 @@ def _config(folder: Path) -> ScratchGPTConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is not a JSON object in UTF-8") from None
+    if kind == ScratchGPTConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a {kind} model already, which needs no conversion; to refresh its "
+            "code, load model and tokenizer with from_pretrained and save both with save_pretrained"
+        )
+    if kind != "gpt2":
+        raise ValueError(f"{folder} is a model of type {kind!r}; only GPT-2 can be converted")
     with told_as_error(path):
-        try:
-            kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError, RecursionError):
-            raise ValueError(f"{path} is not a JSON object in UTF-8") from None
-        if kind == ScratchGPTConfig.model_type:
-            raise ValueError(
-                f"{folder} holds a {kind} already, which needs no conversion; to refresh its code, "
-                "load model and tokenizer with from_pretrained and save both with save_pretrained"
-            )
-        if kind != "gpt2":
-            raise ValueError(f"{folder} is a model of type {kind!r}; only GPT-2 can be converted")
         fields, _ = ScratchGPTConfig.get_config_dict(folder)
         # How attention is computed is a matter of the machine, not of the checkpoint.
         for name in ("attn_implementation", "_attn_implementation"):
@@ -111,10 +108,6 @@ def _shards(index: Path) -> list[str]:
         shard = shards[is_missing.index(True)]
         raise ValueError(f"{index.parent / shard} is missing, and {index} lists it")
     return shards
-
-
-def _tensors(file: Path) -> list[StoredTensor]:
-    return safetensors(file) if file.suffix == ".safetensors" else Pickle(str(file)).tensors()
 
 
 def safetensors(path: Path) -> list[StoredTensor]:

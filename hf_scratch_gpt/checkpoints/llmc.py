@@ -48,22 +48,10 @@ def read_llmc(source: str) -> GPT2Source:
         raise ValueError(f"{source} says that {vocabulary} of {padded} rows are tokens")
     with told_as_error(source):
         config = ScratchGPTConfig(
-            vocab_size=padded,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=positions,
+            n_vocab=padded, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions
         )
+    tensors, end = _tensors(source, config, _DTYPES[version])
     size = path.stat().st_size
-    tensors, end = {}, _HEADER
-    shapes = shapes_of(config)
-    for rule, layer in rules_by_layer(layers):
-        name, dtype = rule.gpt2.format(layer), _DTYPES[version]
-        outputs, *inputs = shapes[f"model.{rule.ours[0].format(layer)}"]
-        shape = (outputs * len(rule.ours), *inputs)
-        read = partial(map_tensor, source, end, shape, dtype)
-        tensors[name] = StoredTensor(name, source, shape, dtype, read)
-        end += prod(shape) * dtype.itemsize
     if size != end:
         raise ValueError(f"{source} has {size} bytes, and the sizes in its header take {end}")
     unchecked = unchecked_files([path])
@@ -71,3 +59,19 @@ def read_llmc(source: str) -> GPT2Source:
     if vocabulary != padded:
         opened.trim_vocabulary(vocabulary)
     return opened
+
+
+def _tensors(
+    source: str, config: ScratchGPTConfig, dtype: torch.dtype
+) -> tuple[dict[str, StoredTensor], int]:
+    """Where each tensor lies, by transformers' names, and where the last ends."""
+    tensors, end = {}, _HEADER
+    shapes = shapes_of(config)
+    for rule, layer in rules_by_layer(config.num_hidden_layers):
+        name = rule.gpt2.format(layer)
+        outputs, *inputs = shapes[f"model.{rule.ours[0].format(layer)}"]
+        shape = (outputs * len(rule.ours), *inputs)
+        read = partial(map_tensor, source, end, shape, dtype)
+        tensors[name] = StoredTensor(name, source, shape, dtype, read)
+        end += prod(shape) * dtype.itemsize
+    return tensors, end

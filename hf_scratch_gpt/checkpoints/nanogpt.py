@@ -23,15 +23,8 @@ def read_nanogpt(source: str) -> GPT2Source:
         raise ValueError(f"{path} is not a nanoGPT checkpoint: it lacks model or model_args")
     config = _config(pickle.content["model_args"], path)
     tensors, dropped = by_plain_name(pickle.tensors("model"), (*WRAPPERS, "transformer."))
-    opened = GPT2Source(
-        "nanoGPT",
-        path,
-        config,
-        tensors,
-        biases_optional=not config.qkv_bias,
-        dropped=dropped,
-        unchecked=unchecked_files([Path(path)]),
-    )
+    opened = GPT2Source("nanoGPT", path, config, tensors, biases_optional=not config.qkv_bias)
+    opened.dropped, opened.unchecked = dropped, unchecked_files([Path(path)])
     opened.untie_or_drop_head()
     if config.vocab_size == _PADDED:
         opened.trim_vocabulary(_VOCABULARY)

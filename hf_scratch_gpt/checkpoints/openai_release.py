@@ -28,29 +28,11 @@ def read_openai_release(source: str) -> GPT2Source:
     for name in ("hparams.json", "encoder.json", "vocab.bpe", "checkpoint"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing; an OpenAI release has it")
-    hparams_path = folder / "hparams.json"
-    with told_as_error(hparams_path):
-        hparams = read_json(read_text(hparams_path), str(hparams_path))
-    if hparams.keys() != _SIZES or not all(type(size) is int for size in hparams.values()):
-        raise ValueError(
-            f"{hparams_path} should give whole numbers for {', '.join(sorted(_SIZES))}"
-        )
-    stored = {
-        tensor.name: tensor
-        for tensor in read_bundle(folder / _checkpoint_name(folder / "checkpoint"))
-    }
     with told_as_error(folder):
         tokenizer = ScratchGPTTokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
-    if len(tokenizer) != hparams["n_vocab"]:
-        raise ValueError(
-            f"{folder / 'encoder.json'} has {len(tokenizer)} tokens, and {hparams_path} says "
-            f"n_vocab {hparams['n_vocab']}"
-        )
-    end_of_text = tokenizer.get_vocab()[END_OF_TEXT]
-    tokens = dict.fromkeys(TOKENS, end_of_text)
-    with told_as_error(hparams_path):
-        config = ScratchGPTConfig(**hparams, **tokens)
-
+    config = _config(folder / "hparams.json", tokenizer)
+    checkpoint = _checkpoint_name(folder / "checkpoint")
+    stored = {tensor.name: tensor for tensor in read_bundle(folder / checkpoint)}
     tensors = {}
     for rule, layer in rules_by_layer(min(config.num_hidden_layers, len(stored))):
         name = rule.gpt2.format(layer)
@@ -59,6 +41,21 @@ def read_openai_release(source: str) -> GPT2Source:
     opened = GPT2Source("OpenAI release", source, config, tensors | stored, inputs_first=True)
     opened.adopt(tokenizer)
     return opened
+
+
+def _config(path: Path, tokenizer: ScratchGPTTokenizer) -> ScratchGPTConfig:
+    """The configuration that `hparams.json` describes."""
+    with told_as_error(path):
+        hparams = read_json(read_text(path), str(path))
+        if hparams.keys() != _SIZES or not all(type(size) is int for size in hparams.values()):
+            raise ValueError(f"{path} should give whole numbers for {', '.join(sorted(_SIZES))}")
+        if len(tokenizer) != hparams["n_vocab"]:
+            raise ValueError(
+                f"{path.with_name('encoder.json')} has {len(tokenizer)} tokens, and {path} says "
+                f"n_vocab {hparams['n_vocab']}"
+            )
+        tokens = dict.fromkeys(TOKENS, tokenizer.get_vocab()[END_OF_TEXT])
+        return ScratchGPTConfig(**hparams, **tokens)
 
 
 def _as_matrix(stored: StoredTensor) -> StoredTensor:

@@ -1,5 +1,6 @@
 """Open a GPT-2 of any format by its reader."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
@@ -11,7 +12,7 @@ from .pickles import Pickle
 from .sources import GPT2Source
 from .textbook import read_textbook
 
-FORMATS = {
+FORMATS: dict[str, Callable[..., GPT2Source]] = {
     "openai": read_openai_release,
     "hf": read_hf_gpt2,
     "nanogpt": read_nanogpt,
@@ -23,11 +24,7 @@ _MARKS = {"hparams.json": "openai", "config.json": "hf", "ckpt.pt": "nanogpt"}
 
 
 def recognize(source: str) -> str:
-    """The format of `source`, one of `FORMATS`.
-
-    Raises:
-        ValueError: it is none of them.
-    """
+    """The format of `source`, one of `FORMATS`; a ValueError if it is none of them."""
     path = Path(source)
     if path.is_dir():
         for name, kind in _MARKS.items():
@@ -43,27 +40,20 @@ def recognize(source: str) -> str:
 
 
 def open_source(
-    source: str,
-    kind: str | None = None,
-    tokenizer: str | None = None,
-    num_heads: int | None = None,
-    preset: str | None = None,
+    source: str, kind: str | None = None, tokenizer: str | None = None, **options: object
 ) -> GPT2Source:
     """Open the GPT-2 at `source`: a folder, a file or a hub id.
 
     Args:
         kind: one of `FORMATS`; recognised if not given.
         tokenizer: folder of the vocabulary, if `source` has none.
-        num_heads, preset: of a textbook model, as for `read_textbook`.
+        options: for `read_textbook`.
 
     Raises:
         ValueError: it is damaged, or its vocabulary is larger than its embedding.
     """
     kind = kind or recognize(source)
-    if kind == "textbook":
-        opened = read_textbook(source, num_heads, preset)
-    else:
-        opened = FORMATS[kind](source)
+    opened = FORMATS[kind](source, **(options if kind == "textbook" else {}))
     if tokenizer is not None:
         opened.adopt(ScratchGPTTokenizer.from_pretrained(tokenizer))
     if opened.tokenizer is not None and len(opened.tokenizer) > opened.config.vocab_size:

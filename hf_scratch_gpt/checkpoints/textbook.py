@@ -20,9 +20,7 @@ def read_textbook(
     """Open the file `source`.
 
     Args:
-        source: the file.
-        num_heads: attention heads, which the tensors do not tell.
-        preset: a published size to take them from.
+        num_heads, preset: attention heads, which the tensors do not tell, or a published size.
 
     Raises:
         ValueError: it is not such a file, or the number of heads is not known.
@@ -48,15 +46,8 @@ def read_textbook(
             max_position_embeddings=tensors["pos_emb.weight"].shape[0],
             qkv_bias="trf_blocks.0.att.W_query.bias" in tensors,
         )
-    opened = GPT2Source(
-        f"textbook state dict{assumed}",
-        source,
-        config,
-        tensors,
-        textbook=True,
-        dropped=dropped,
-        unchecked=unchecked_files([Path(source)]),
-    )
+    opened = GPT2Source(f"textbook state dict{assumed}", source, config, tensors, textbook=True)
+    opened.dropped, opened.unchecked = dropped, unchecked_files([Path(source)])
     opened.untie_or_drop_head("out_head.weight", "tok_emb.weight")
     return opened
 

@@ -18,21 +18,15 @@ from transformers.utils import logging
 
 from .assemble import Piece, num_parameters
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write_weights(
     folder: Path, pieces: list[Piece], dtype: torch.dtype, max_shard_size: str = "50GB"
 ) -> dict[str, str]:
-    """Read all tensors of `pieces` and write them to `folder` as transformers does.
+    """Read all tensors of `pieces` and write them to `folder`, cast to `dtype`.
 
     Args:
-        dtype: what to cast to.
         max_shard_size: largest size of one file, such as "5GB"; several get an index.
 
     Returns:
@@ -42,6 +36,31 @@ def write_weights(
         ValueError: `max_shard_size` is not a size, or a tensor holds NaN or infinity or does not
             fit `dtype`; names it.
     """
+    file_of, headers = _lay_out(folder, pieces, dtype, max_shard_size)
+    digests = {}
+    for file, header in headers.items():
+        (folder / file).write_bytes(header)
+        digests[file] = hashlib.sha256(header)
+    size = num_parameters(pieces) * dtype.itemsize
+    bar = logging.tqdm(total=size, unit="B", unit_scale=True, desc="Converting")
+    with bar, ThreadPoolExecutor(1) as pool:
+        for piece in pieces:
+            for name, tensor in zip(piece.names, piece.read(), strict=True):
+                data = _bytes(tensor, dtype, piece.where)
+                hashing = pool.submit(digests[file_of[name]].update, data)
+                with (folder / file_of[name]).open("ab") as shard:
+                    shard.write(data)
+                hashing.result()
+                bar.update(len(data))
+    for name in digests:
+        _bring_to_disk(folder / name)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _lay_out(
+    folder: Path, pieces: list[Piece], dtype: torch.dtype, max_shard_size: str
+) -> tuple[dict[str, str], dict[str, bytes]]:
+    """The file of each tensor, and the header of each file; writes the index of several files."""
     tensors = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for piece in pieces
@@ -52,52 +71,24 @@ def write_weights(
             tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
         )
     except ValueError:
-        raise ValueError(
-            f"{max_shard_size!r} is not a size of a file; give one such as 5GB"
-        ) from None
-    digests = {}
-    for file, names in split.filename_to_tensors.items():
-        header = _header({name: tensors[name] for name in names})
-        (folder / file).write_bytes(header)
-        digests[file] = hashlib.sha256(header)
-    size = split.metadata["total_size"]
-    with (
-        ThreadPoolExecutor(1) as pool,
-        logging.tqdm(total=size, unit="B", unit_scale=True, desc="Converting") as progress,
-    ):
-        for piece in pieces:
-            for name, tensor in zip(piece.names, piece.read(), strict=True):
-                file = split.tensor_to_filename[name]
-                data = _bytes(tensor, dtype, piece.where)
-                hashing = pool.submit(digests[file].update, data)
-                with (folder / file).open("ab") as shard:
-                    shard.write(data)
-                hashing.result()
-                progress.update(len(data))
-    for file in digests:
-        _bring_to_disk(folder / file)
+        raise ValueError(f"{max_shard_size!r} is not a size of a file; try 5GB") from None
     if split.is_sharded:
         metadata = {"total_parameters": num_parameters(pieces), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return {file: digest.hexdigest() for file, digest in digests.items()}
-
-
-def _header(tensors: dict[str, torch.Tensor]) -> bytes:
-    """The bytes before `tensors` (on the meta device) in their file."""
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        fields[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    headers = {}
+    for file, names in split.filename_to_tensors.items():
+        fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            start, end = end, end + tensors[name].nbytes
+            shape = list(tensors[name].shape)
+            fields[name] = dict(dtype=_NAMES[dtype], shape=shape, data_offsets=[start, end])
+        text = json.dumps(fields, separators=(",", ":"))
+        text += " " * (-len(text) % 8)
+        headers[file] = len(text).to_bytes(8, "little") + text.encode()
+    return split.tensor_to_filename, headers
 
 
 def _bytes(stored: torch.Tensor, dtype: torch.dtype, where: str) -> memoryview:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hf_scratch_gpt import ScratchGPTForCausalLM
 from hf_scratch_gpt.checkpoints.assemble import plan
 from hf_scratch_gpt.checkpoints.openai_release import read_openai_release
-from hf_scratch_gpt.checkpoints.tensor_bundle import _read_table
+from hf_scratch_gpt.checkpoints.tensor_bundle import read_table
 
 from .releases import table
 
@@ -81,6 +81,7 @@ measures_memory = pytest.mark.skipif(
 )
 
 
+@pytest.mark.long
 @measures_memory
 @settings(
     max_examples=2000,
@@ -104,10 +105,11 @@ def test_mutated_releases_convert_or_are_refused_cleanly(mutation, workplace, op
     assert memory("VmHWM") - before < 200_000  # kilobytes
 
 
+@pytest.mark.long
 @measures_memory
 def test_mutated_indexes_with_right_checksums_are_refused_cleanly(workplace, openai_tiny):
     path, chance = workplace / "model.ckpt.index", random.Random(0)
-    pairs = list(_read_table(openai_tiny / "model.ckpt.index"))
+    pairs = list(read_table((openai_tiny / "model.ckpt.index").read_bytes()))
     kinds = ["flip", "cut", "insert", "delete", "repeat", "replace"]
     contents = [b"\xff" * 8 + b"\x7f", chance.randbytes(3), b"\0"]
     before, refused, right = start_of_peak(), 0, 0
@@ -145,6 +147,7 @@ def test_real_index_with_a_shard_of_random_bytes(tmp_path):
         read_all(str(tmp_path))
 
 
+@pytest.mark.long
 def test_killed_conversions_leave_nothing_and_the_next_one_succeeds(openai_tiny, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "conversion.convert_gpt2", str(openai_tiny), str(out)]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_scratch_gpt.checkpoints.convert import main
-from hf_scratch_gpt.checkpoints.tensor_bundle import TensorBundle
+from hf_scratch_gpt.checkpoints.commands import convert_command as main
+from hf_scratch_gpt.checkpoints.tensor_bundle import read_bundle
 
 from .releases import field, table, write_release
 
@@ -20,7 +20,7 @@ def release() -> Path:
 
 
 def test_index_of_the_real_release(release):
-    shapes = TensorBundle(release / "model.ckpt").shapes
+    shapes = {stored.name: stored.shape for stored in read_bundle(release / "model.ckpt")}
     assert len(shapes) == 148
     assert shapes["model/wte"] == (50257, 768)
     assert shapes["model/h11/attn/c_attn/w"] == (1, 768, 2304)
@@ -37,29 +37,29 @@ def test_missing_shard_is_named(release):
     with pytest.raises(
         ValueError, match="data-00000-of-00001 is missing, and model/wte lies in it"
     ):
-        TensorBundle(release / "model.ckpt").tensor("model/wte")
+        {stored.name: stored for stored in read_bundle(release / "model.ckpt")}["model/wte"].read()
 
 
 def test_tensors_of_the_tiny_release(openai_tiny):
-    bundle = TensorBundle(openai_tiny / "model.ckpt")
-    assert len(bundle.shapes) == 3 * 12 + 4
-    for name, shape in bundle.shapes.items():
-        assert tuple(bundle.tensor(name).shape) == shape
+    bundle = read_bundle(openai_tiny / "model.ckpt")
+    assert len(bundle) == 3 * 12 + 4
+    for stored in bundle:
+        assert tuple(stored.read().shape) == stored.shape
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"x" * 100], ids=["empty", "short", "text"])
 def test_a_file_that_is_no_index(content, tmp_path):
     (tmp_path / "model.ckpt.index").write_bytes(content)
     with pytest.raises(ValueError, match=r"model.ckpt.index does not end like"):
-        TensorBundle(tmp_path / "model.ckpt")
+        read_bundle(tmp_path / "model.ckpt")
 
 
 @pytest.mark.parametrize("number", [700_000_000, 2**62])
 def test_a_number_in_place_of_a_dimension(number, tmp_path):
     entry = field(1, 1) + field(2, field(2, number))
     (tmp_path / "model.ckpt.index").write_bytes(table([(b"", field(1, 1)), (b"a", entry)]))
-    with pytest.raises(ValueError, match=r"model.ckpt.index is damaged: a dimension of a tensor"):
-        TensorBundle(tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"model.ckpt.index is damaged: it does not follow"):
+        read_bundle(tmp_path / "model.ckpt")
 
 
 def test_an_index_far_too_large_is_not_read(openai_tiny, tmp_path):
@@ -68,7 +68,7 @@ def test_an_index_far_too_large_is_not_read(openai_tiny, tmp_path):
         file.seek(1 << 40)  # a file with a hole
         file.write(data)
     with pytest.raises(ValueError, match=r"model.ckpt.index has \d+ bytes; the index of a GPT-2"):
-        TensorBundle(tmp_path / "model.ckpt")
+        read_bundle(tmp_path / "model.ckpt")
 
 
 def test_a_release_in_several_shards(openai_tiny, tmp_path):

@@ -72,19 +72,17 @@ def plan(source: GPT2Source) -> list[Piece]:
         names = [f"model.{name.format(layer)}" for name in rule.ours]
         if names[0] not in shapes:  # a bias that this model does without
             continue
-        theirs = rule.textbook if source.textbook else (rule.gpt2,)
-        wanted = [name.format(layer) for name in theirs]
-        absent = [name for name in wanted if name not in left]
-        if absent and not (source.biases_optional and rule.gpt2.endswith("bias")):
-            missing += absent
+        wanted = rule.gpt2.format(layer)
+        if wanted not in left and not (source.biases_optional and wanted.endswith("bias")):
+            missing.append(wanted)
             continue
-        stored = [] if absent else [left.pop(name) for name in wanted]
+        stored = [left.pop(wanted)] if wanted in left else []
         transposed = rule.is_matrix and source.inputs_first
         pieces.append(Piece(names, [shapes[name] for name in names], stored, transposed))
     if not source.config.tie_word_embeddings:
-        head, ours = "out_head.weight" if source.textbook else "lm_head.weight", "lm_head.weight"
+        head = "lm_head.weight"
         if head in left:
-            pieces.append(Piece([ours], [shapes[ours]], [left.pop(head)]))
+            pieces.append(Piece([head], [shapes[head]], [left.pop(head)]))
         else:
             missing.append(head)
     _raise_if_any(missing, f"{source.path} lacks the tensors")

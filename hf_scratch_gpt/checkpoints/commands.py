@@ -23,10 +23,8 @@ def convert_command(arguments: list[str] | None = None) -> int:
     """Convert a GPT-2 of any format to a saved model; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m conversion.convert_gpt2",
-        description="Convert a GPT-2 to a saved model: weights, configuration, code and tokenizer. "
-        "SOURCE is a folder of OpenAI's release, a GPT-2 in transformers' format (a folder, a hub "
-        "id, or 124M, 355M, 774M, 1558M for the official ones), or a checkpoint of nanoGPT, of the "
-        "from-scratch textbook or of llm.c.",
+        description="Convert a GPT-2 to a saved model: OpenAI's release, transformers' format, or "
+        "a checkpoint of nanoGPT, of the from-scratch textbook or of llm.c.",
     )
     _add_source_arguments(parser)
     parser.add_argument("out", help="folder to write")

@@ -50,8 +50,7 @@ def convert(
     fails or is killed leaves it as it was.
 
     Args:
-        source: opened by its reader.
-        out: the folder to write, as `files.destination` returns it.
+        out: as `files.destination` returns it.
         dtype: what to save in; None keeps the source's.
         max_shard_size: largest size of one weight file.
         check: compare the logits of the result with the source's.
@@ -66,10 +65,10 @@ def convert(
     dtype = dtype or common_dtype(pieces)
     parameters = num_parameters(pieces)
     report = list(_read_and_dropped(source))
+    with torch.device("meta"):
+        model = ScratchGPTForCausalLM(source.config).to(dtype)
     with new_folder(out) as complete:
-        save_all_but_weights(
-            ScratchGPTForCausalLM, source.config, dtype, Path(source.path), complete
-        )
+        save_all_but_weights(model, Path(source.path), complete)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(complete)
         digests = write_weights(complete, pieces, dtype, max_shard_size)

@@ -26,10 +26,7 @@ def unchecked_files(paths: list[Path]) -> list[str]:
 
     The others have checksums of their own, as archives of torch.save do, or a digest is recorded
     for them: in `SHA256SUMS` or `NAME.sha256` beside the file, as sha256sum writes them, or where
-    the hub's client keeps what the hub says.
-
-    Raises:
-        ValueError: a file is not what was recorded.
+    the hub's client keeps what the hub says. A ValueError tells which file differs from that.
     """
     unchecked = []
     for path in paths:

@@ -26,12 +26,7 @@ _FILES = ["*.json", "*.txt", "*.tiktoken"]
 
 
 def read_hf_gpt2(source: str) -> GPT2Source:
-    """Open the folder or hub id `source`, with its vocabulary if it has one.
-
-    Raises:
-        OSError: there is no such folder or hub id.
-        ValueError: it holds a model of another kind, or its files are damaged; names them.
-    """
+    """Open the folder or hub id `source`, with its vocabulary if it has one."""
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(OFFICIAL.get(source, source))

@@ -28,11 +28,7 @@ def is_llmc(source: str) -> bool:
 
 
 def read_llmc(source: str) -> GPT2Source:
-    """Open the file `source`.
-
-    Raises:
-        ValueError: it is not such a checkpoint, or its size is not that of its parameters.
-    """
+    """Open the file `source`, whose size must be that of its parameters."""
     path = Path(source)
     with path.open("rb") as file:
         header = file.read(_HEADER)

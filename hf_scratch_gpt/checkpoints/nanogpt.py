@@ -12,11 +12,7 @@ _PADDED, _VOCABULARY = 50304, 50257
 
 
 def read_nanogpt(source: str) -> GPT2Source:
-    """Open the checkpoint at `source`, the file or its folder.
-
-    Raises:
-        ValueError: it is not a checkpoint of nanoGPT; names the file.
-    """
+    """Open the checkpoint at `source`, the file or its folder."""
     path = str(Path(source) / "ckpt.pt") if Path(source).is_dir() else source
     pickle = Pickle(path)
     if not isinstance(pickle.content, dict) or not {"model", "model_args"} <= pickle.content.keys():

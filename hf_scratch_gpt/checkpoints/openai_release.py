@@ -19,11 +19,7 @@ _SIZES = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"}
 
 
 def read_openai_release(source: str) -> GPT2Source:
-    """Open the release in the folder `source`.
-
-    Raises:
-        ValueError: a file is missing or damaged, or the files disagree; names it.
-    """
+    """Open the release in the folder `source`."""
     folder = Path(source)
     for name in ("hparams.json", "encoder.json", "vocab.bpe", "checkpoint"):
         if not (folder / name).is_file():

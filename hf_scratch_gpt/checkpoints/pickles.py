@@ -16,11 +16,8 @@ _FRESH = 1 << 28
 class Pickle:
     """A file of `torch.save`, mapped into memory.
 
-    What was read of a mapped file stays in memory while it is mapped. So it is mapped anew after
-    some hundred megabytes. Files from before PyTorch 1.6 are not archives and are read whole.
-
-    Args:
-        path: the file.
+    What was read of a mapped file stays in memory, so it is mapped anew after some hundred
+    megabytes. Files from before PyTorch 1.6 are not archives and are read whole.
 
     Raises:
         ValueError: it is not such a file, is damaged, or would run code.
@@ -35,10 +32,9 @@ class Pickle:
         self.content = self._load()
 
     def _load(self) -> Any:
+        options: dict[str, Any] = dict(map_location="cpu", mmap=self._is_archive, weights_only=True)
         try:
-            return torch.load(
-                self.path, map_location="cpu", mmap=self._is_archive, weights_only=True
-            )
+            return torch.load(self.path, **options)
         except FileNotFoundError:
             raise
         except Exception as error:  # torch raises whatever its readers meet
@@ -49,16 +45,13 @@ class Pickle:
             ) from None
 
     def tensors(self, key: str | None = None) -> list[StoredTensor]:
-        """The tensors of the state dict that the file holds, or holds as its entry `key`.
-
-        Raises:
-            ValueError: it is not a state dict, or does not match its checksums; names the tensor.
-        """
+        """The tensors of the state dict that the file holds, or holds as its entry `key`."""
         if self._is_archive:
             _check_archive(self.path, checksums=True)
         state = self.content if key is None else self.content[key]
         if not isinstance(state, dict):
             raise ValueError(f"{self.path} holds no state dict")
+        stored = []
         for name, tensor in state.items():
             where = f"{self.path}: {name}"
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
@@ -69,12 +62,9 @@ class Pickle:
                 raise ValueError(f"{where} holds {tensor.dtype}, {tensor.layout}; it must be dense")
             if tensor.is_meta:
                 raise ValueError(f"{where} was saved from the device meta and holds no data")
-        return [
-            StoredTensor(
-                name, self.path, tuple(tensor.shape), tensor.dtype, partial(self._read, key, name)
-            )
-            for name, tensor in state.items()
-        ]
+            shape, read = tuple(tensor.shape), partial(self._read, key, name)
+            stored.append(StoredTensor(name, self.path, shape, tensor.dtype, read))
+        return stored
 
     def _read(self, key: str | None, name: str) -> torch.Tensor:
         if self._is_archive and self._touched > _FRESH:

@@ -1,4 +1,8 @@
-"""Open a GPT-2 of any format by its reader."""
+"""Open a GPT-2 of any format by its reader.
+
+Each reader raises a ValueError that names the file if one is missing, damaged or of another kind,
+and an OSError if there is no such file, folder or hub id.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +54,7 @@ def open_source(
         options: for `read_textbook`.
 
     Raises:
-        ValueError: it is damaged, or its vocabulary is larger than its embedding.
+        ValueError: as its reader, or its vocabulary is larger than its embedding.
     """
     kind = kind or recognize(source)
     opened = FORMATS[kind](source, **(options if kind == "textbook" else {}))

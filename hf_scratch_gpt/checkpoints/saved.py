@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -16,9 +15,7 @@ from .sources import TOKENS, StoredTensor, told_as_error
 def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]:
     """The configuration and the tensors, by our names, of the language model saved in `folder`.
 
-    Raises:
-        ValueError: it is not a model of ours, a file is damaged, or the tensors are not those that
-            the configuration asks for; names them.
+    A ValueError tells what is damaged, missing or left over.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -26,10 +23,8 @@ def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]
     with told_as_error(path):
         kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
         if kind != ScratchGPTConfig.model_type:
-            raise ValueError(
-                f"{path} is of a model of type {kind!r}; name the folder of a "
-                f"{ScratchGPTConfig.model_type}"
-            )
+            ours = ScratchGPTConfig.model_type
+            raise ValueError(f"{path} is of a model of type {kind!r}; name the folder of a {ours}")
         config = ScratchGPTConfig.from_pretrained(folder)
         shapes = shapes_of(config)
     if config.tie_word_embeddings:
@@ -52,43 +47,19 @@ def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]
     return config, stored
 
 
-def save_all_but_weights(
-    model_class: type[PreTrainedModel],
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    source: Path,
-    folder: Path,
-) -> None:
-    """Write configurations and code of a model to `folder`.
+def save_all_but_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Write configurations and code of `model`, on the meta device, to `folder`.
 
-    Args:
-        dtype: of the weights that go there.
-        source: what is converted; how it generates is kept.
+    How `source` generates is kept, with the special tokens of `model` where it has none.
     """
-    with torch.device("meta"):
-        model = model_class(config).to(dtype)
-    generation_config = _generation_config(source, config)
-    if generation_config is not None:
+    path = source / GENERATION_CONFIG_NAME
+    if path.is_file():
+        with told_as_error(path):
+            generation_config = GenerationConfig.from_pretrained(source)
+            for name in TOKENS:
+                if getattr(generation_config, name) is None:
+                    setattr(generation_config, name, getattr(model.config, name))
+            generation_config.validate(strict=True)
         model.generation_config = generation_config
     with without_progress_bars():  # they would count no weights
         model.save_pretrained(folder, state_dict={})
-
-
-def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig | None:
-    """How the model in `folder` generates, with the special tokens of `config` where it has none.
-
-    None if `folder` does not say.
-
-    Raises:
-        ValueError: its file is damaged.
-    """
-    path = folder / GENERATION_CONFIG_NAME
-    if not path.is_file():
-        return None
-    with told_as_error(path):
-        read = GenerationConfig.from_pretrained(folder)
-        for name in TOKENS:
-            if getattr(read, name) is None:
-                setattr(read, name, getattr(config, name))
-        read.validate(strict=True)
-    return read

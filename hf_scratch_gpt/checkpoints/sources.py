@@ -51,14 +51,11 @@ class StoredTensor:
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless it has the `shape` and the data type of a weight."""
         if self.shape != shape:
-            raise ValueError(
-                f"{self.where} has shape {list(self.shape)}, and the configuration asks for "
-                f"{list(shape)}"
-            )
+            asked = f"and the configuration asks for {list(shape)}"
+            raise ValueError(f"{self.where} has shape {list(self.shape)}, {asked}")
         if self.dtype not in _DTYPES:
-            raise ValueError(
-                f"{self.where} holds {self.dtype}; weights are {', '.join(map(str, _DTYPES))}"
-            )
+            allowed = ", ".join(map(str, _DTYPES))
+            raise ValueError(f"{self.where} holds {self.dtype}; weights are {allowed}")
 
 
 @dataclass
@@ -69,10 +66,9 @@ class GPT2Source:
         origin: the format, in words.
         path: the file, folder or hub id.
         config: sizes and switches.
-        tensors: by transformers' name in a base model, and `lm_head.weight`; a textbook's by its
-            own.
+        tensors: by transformers' name in a base model, and `lm_head.weight`; what has no such name
+            by its own.
         inputs_first: whether matrices are (inputs, outputs).
-        textbook: whether names and layout are the textbook's.
         biases_optional: whether a missing bias is a bias of zeros.
         dropped: names of tensors left out on purpose, and why.
         tokenizer: the vocabulary that came with it.
@@ -84,7 +80,6 @@ class GPT2Source:
     config: ScratchGPTConfig
     tensors: dict[str, StoredTensor]
     inputs_first: bool = False
-    textbook: bool = False
     biases_optional: bool = False
     dropped: dict[str, str] = field(default_factory=dict)
     tokenizer: ScratchGPTTokenizer | None = None
@@ -99,15 +94,14 @@ class GPT2Source:
         if tokenizer.model_max_length > _NO_LENGTH:
             tokenizer.model_max_length = self.config.max_position_embeddings
 
-    def untie_or_drop_head(
-        self, head: str = "lm_head.weight", embedding: str = "wte.weight"
-    ) -> None:
+    def untie_or_drop_head(self) -> None:
         """Drop the output head if it repeats the token embedding; else untie them."""
-        if head not in self.tensors or embedding not in self.tensors:
+        head, embedding = self.tensors.get("lm_head.weight"), self.tensors.get("wte.weight")
+        if head is None or embedding is None:
             return
-        first, second = self.tensors[head], self.tensors[embedding]
-        if first.dtype == second.dtype and torch.equal(first.read(), second.read()):
-            self.dropped[self.tensors.pop(head).name] = "the same as the token embedding"
+        if head.dtype == embedding.dtype and torch.equal(head.read(), embedding.read()):
+            self.dropped[head.name] = "the same as the token embedding"
+            del self.tensors["lm_head.weight"]
         else:
             self.config.tie_word_embeddings = False
 
@@ -146,38 +140,24 @@ def told_as_error(path: str | Path) -> Iterator[None]:
 def map_tensor(
     path: str | Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The contiguous tensor at byte `offset` of the file `path`.
+    """The contiguous tensor at byte `offset` of the file `path`, which holds it.
 
     It is mapped, not read: memory is taken as it is touched, and given back with the tensor.
-
-    Raises:
-        ValueError: the file ends before.
     """
-    size, length = prod(shape) * dtype.itemsize, Path(path).stat().st_size
-    if offset + size > length:
-        raise ValueError(
-            f"{path} has {length} bytes, and {size} were expected at {offset}: it is cut short"
-        )
-    if not size:
+    count, before = prod(shape), offset % mmap.ALLOCATIONGRANULARITY
+    if not count:
         return torch.empty(shape, dtype=dtype)
-    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    size = before + count * dtype.itemsize
     with Path(path).open("rb") as file:
         # A copy on write, since torch has no tensors that cannot be written to.
-        area = mmap.mmap(
-            file.fileno(), offset + size - start, access=mmap.ACCESS_COPY, offset=start
-        )
-    flat = torch.frombuffer(area, dtype=dtype, count=prod(shape), offset=offset - start)
-    return flat.reshape(shape)
+        area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset - before)
+    return torch.frombuffer(area, dtype=dtype, count=count, offset=before).reshape(shape)
 
 
 def by_plain_name(
     tensors: Iterable[StoredTensor], prefixes: tuple[str, ...] = WRAPPERS
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """`tensors` by their names without `prefixes`; names of causal masks, dropped, with the reason.
-
-    Raises:
-        ValueError: two tensors have the same name then; names both.
-    """
+    """`tensors` by their names without `prefixes`, which must differ; causal masks, and why not."""
     named: dict[str, StoredTensor] = {}
     dropped: dict[str, str] = {}
     for tensor in tensors:

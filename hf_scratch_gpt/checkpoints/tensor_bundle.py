@@ -28,14 +28,9 @@ _DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.flo
 
 
 def read_bundle(prefix: Path) -> list[StoredTensor]:
-    """The tensors of a checkpoint, which are compared with their checksums when they are read.
+    """The tensors of the checkpoint `prefix`, which are compared with their checksums when read.
 
-    Args:
-        prefix: the path of the files without `.index`.
-
-    Raises:
-        ValueError: a file is damaged, cut short, or not a TensorFlow V2 checkpoint; names file and
-            tensor.
+    A ValueError names the file, and the tensor, that is damaged or cut short.
     """
     path = prefix.with_name(prefix.name + ".index")
     data = _index_bytes(path)
@@ -56,45 +51,35 @@ def read_bundle(prefix: Path) -> list[StoredTensor]:
     if is_big_endian:
         raise ValueError(f"{path} is big-endian; only little-endian checkpoints can be read")
     tensors = []
-    for name, (shape, kind, shard, *place) in entries.items():
+    for name, (shape, kind, shard, *rest) in entries.items():
         if kind not in _DTYPES:
             raise ValueError(
                 f"{path}: {name} has TensorFlow's data type {kind}; weights are floating-point, "
                 f"{', '.join(map(str, _DTYPES))}"
             )
         file = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{num_shards:05d}")
-        read = partial(_read, file, name, shape, _DTYPES[kind], *place)
+        read = partial(_read, f"{file}: {name}", file, shape, _DTYPES[kind], *rest)
         tensors.append(StoredTensor(name, str(file), shape, _DTYPES[kind], read))
     return tensors
 
 
 def _read(
-    file: Path,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    offset: int,
-    size: int,
-    checksum: int,
+    where: str, file: Path, shape: tuple[int, ...], dtype: torch.dtype, *place: int
 ) -> torch.Tensor:
-    """The tensor `name`, mapped from `file` and compared with its `checksum`."""
+    """A tensor, mapped from `file` at offset, size and checksum `place`, and checked."""
+    offset, size, checksum = place
     if not file.is_file():
-        raise ValueError(f"{file} is missing, and {name} lies in it")
+        raise ValueError(f"{where} is missing, since the file is")
     if size != dtype.itemsize * prod(shape):
-        raise ValueError(
-            f"{file}: {name} has {size} bytes, and its shape {list(shape)} takes "
-            f"{dtype.itemsize * prod(shape)}"
-        )
+        raise ValueError(f"{where} has {size} bytes, which are not those of shape {list(shape)}")
     if offset + size > file.stat().st_size:
         raise ValueError(
-            f"{file}: {name} ends at byte {offset + size}, past the file's {file.stat().st_size}: "
-            "the file is cut short; fetch it again"
+            f"{where} ends at byte {offset + size}, past the file's {file.stat().st_size}: the "
+            "file is cut short; fetch it again"
         )
     tensor = map_tensor(file, offset, shape, dtype)
     if _masked_crc(tensor.reshape(-1).view(torch.uint8).numpy().data) != checksum:
-        raise ValueError(
-            f"{file}: {name} does not match its checksum: it is damaged; fetch it again"
-        )
+        raise ValueError(f"{where} does not match its checksum: it is damaged; fetch it again")
     return tensor
 
 

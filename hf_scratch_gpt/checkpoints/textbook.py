@@ -6,25 +6,22 @@ its LayerNorms have `scale` and `shift` (Raschka, Build a Large Language Model F
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from ..model.configuration_scratch_gpt import PRESETS, ScratchGPTConfig
 from .digests import unchecked_files
+from .names import rules_by_layer
 from .pickles import Pickle
-from .sources import GPT2Source, by_plain_name, told_as_error
+from .sources import GPT2Source, StoredTensor, by_plain_name, told_as_error
 
 
 def read_textbook(
     source: str, num_heads: int | None = None, preset: str | None = None
 ) -> GPT2Source:
-    """Open the file `source`.
-
-    Args:
-        num_heads, preset: attention heads, which the tensors do not tell, or a published size.
-
-    Raises:
-        ValueError: it is not such a file, or the number of heads is not known.
-    """
+    """Open the file `source`; its tensors tell neither `num_heads` nor the published `preset`."""
     pickle = Pickle(source)
     is_wrapped = isinstance(pickle.content, dict) and "model_state_dict" in pickle.content
     tensors, dropped = by_plain_name(pickle.tensors("model_state_dict" if is_wrapped else None))
@@ -46,10 +43,39 @@ def read_textbook(
             max_position_embeddings=tensors["pos_emb.weight"].shape[0],
             qkv_bias="trf_blocks.0.att.W_query.bias" in tensors,
         )
-    opened = GPT2Source(f"textbook state dict{assumed}", source, config, tensors, textbook=True)
+    named = _by_gpt2_name(tensors, depth)
+    opened = GPT2Source(f"textbook state dict{assumed}", source, config, named)
     opened.dropped, opened.unchecked = dropped, unchecked_files([Path(source)])
-    opened.untie_or_drop_head("out_head.weight", "tok_emb.weight")
+    opened.untie_or_drop_head()
     return opened
+
+
+def _by_gpt2_name(tensors: dict[str, StoredTensor], depth: int) -> dict[str, StoredTensor]:
+    """`tensors` by transformers' names where they have one; query, key and value are joined."""
+    left, named = dict(tensors), {}
+    if "out_head.weight" in left:
+        named["lm_head.weight"] = left.pop("out_head.weight")
+    for rule, layer in rules_by_layer(min(depth, len(tensors))):
+        names = [name.format(layer) for name in rule.textbook]
+        if all(name in left for name in names):
+            named[rule.gpt2.format(layer)] = _joined([left.pop(name) for name in names])
+    return named | left
+
+
+def _joined(parts: list[StoredTensor]) -> StoredTensor:
+    """One tensor of equal `parts` along the outputs."""
+    if len(parts) == 1:
+        return parts[0]
+    for part in parts:
+        part.check(parts[0].shape)
+    outputs, *inputs = parts[0].shape or (0,)
+    name, shape = " and ".join(part.name for part in parts), (outputs * len(parts), *inputs)
+    return replace(
+        parts[0],
+        name=name,
+        shape=shape,
+        read=lambda: torch.cat([part.read() for part in parts]),
+    )
 
 
 def _heads(

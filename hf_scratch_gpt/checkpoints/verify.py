@@ -2,7 +2,8 @@
 
 Both run on the same random tokens, the source through transformers' GPT-2 and the result through
 our model. Each module has weights only while it computes, so that a model of any size takes little
-memory. Nothing here uses the table of names that the conversion applies: a mistake in it shows.
+memory. Nothing here uses the table of names that the conversion applies, so a mistake in our names
+or in the order of query, key and value shows.
 """
 
 from collections.abc import Callable
@@ -23,19 +24,6 @@ _NUM_TOKENS = 8
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
 # float32 sums of a few thousand terms, in another order.
 _TOLERANCE = 1e-4
-# The textbook's names of transformers' modules.
-_TEXTBOOK = {
-    "wte": ["tok_emb"],
-    "wpe": ["pos_emb"],
-    "ln_1": ["norm1"],
-    "attn.c_attn": ["att.W_query", "att.W_key", "att.W_value"],
-    "attn.c_proj": ["att.out_proj"],
-    "ln_2": ["norm2"],
-    "mlp.c_fc": ["ff.layers.0"],
-    "mlp.c_proj": ["ff.layers.2"],
-    "ln_f": ["final_norm"],
-    "lm_head": ["out_head"],
-}
 
 
 def gpt2_config(config: ScratchGPTConfig) -> GPT2Config:
@@ -97,28 +85,14 @@ def verify(source: GPT2Source, folder: Path) -> tuple[float, float]:
 
 def _source_tensor(source: GPT2Source, name: str) -> torch.Tensor:
     """What transformers' GPT-2 calls `name`, in its layout, out of `source`."""
-    names = _textbook_names(name) if source.textbook else [name]
-    if names[0] not in source.tensors:
+    if name not in source.tensors:
         if name == "lm_head.weight":
             return _source_tensor(source, "wte.weight")
         weight = _source_tensor(source, name.removesuffix("bias") + "weight")
         return torch.zeros(weight.shape[-1])
-    parts = [source.tensors[name].read() for name in names]
-    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    values = source.tensors[name].read()
     outputs_first = values.ndim == 2 and name.startswith("h.") and not source.inputs_first
     return values.T if outputs_first else values
-
-
-def _textbook_names(name: str) -> list[str]:
-    """The textbook's names of the parts of transformers' tensor `name`."""
-    module, _, kind = name.rpartition(".")
-    prefix = ""
-    if module.startswith("h."):
-        _, layer, module = module.split(".", 2)
-        prefix = f"trf_blocks.{layer}."
-    if module.startswith("ln_"):
-        kind = {"weight": "scale", "bias": "shift"}[kind]
-    return [f"{prefix}{part}.{kind}" for part in _TEXTBOOK[module]]
 
 
 @torch.no_grad()
@@ -130,9 +104,7 @@ def _logits(
 ) -> torch.Tensor:
     """Logits (2, T, V) of random tokens, at the first T positions and at the last T.
 
-    Args:
-        read: gives a tensor of the model by its name, in float32.
-        shows_progress: draw a bar if it takes more than a second.
+    `read` gives a tensor of the model by its name, in float32.
     """
     with torch.device("meta"):
         model = model_class(config).float().eval()

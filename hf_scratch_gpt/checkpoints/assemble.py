@@ -58,11 +58,9 @@ def plan(source: GPT2Source) -> list[Piece]:
     Raises:
         ValueError: a tensor is missing, left over, or has another shape or data type; names it.
     """
-    layers = source.config.num_hidden_layers
-    if layers > len(source.tensors):  # a billion would take long to make
-        raise ValueError(
-            f"{source.path} has {len(source.tensors)} tensors, too few for {layers} layers"
-        )
+    layers, count = source.config.num_hidden_layers, len(source.tensors)
+    if layers > count:  # a billion would take long to make
+        raise ValueError(f"{source.path} has {count} tensors, too few for {layers} layers")
     with told_as_error(source.path):
         shapes = shapes_of(source.config)
     left = dict(source.tensors)
@@ -79,12 +77,11 @@ def plan(source: GPT2Source) -> list[Piece]:
         stored = [left.pop(wanted)] if wanted in left else []
         transposed = rule.is_matrix and source.inputs_first
         pieces.append(Piece(names, [shapes[name] for name in names], stored, transposed))
-    if not source.config.tie_word_embeddings:
-        head = "lm_head.weight"
-        if head in left:
-            pieces.append(Piece([head], [shapes[head]], [left.pop(head)]))
-        else:
-            missing.append(head)
+    head = "lm_head.weight"
+    if not source.config.tie_word_embeddings and head in left:
+        pieces.append(Piece([head], [shapes[head]], [left.pop(head)]))
+    elif not source.config.tie_word_embeddings:
+        missing.append(head)
     _raise_if_any(missing, f"{source.path} lacks the tensors")
     left_names = [tensor.name for tensor in left.values()]
     _raise_if_any(left_names, f"{source.path} has tensors that GPT-2 has not:")
@@ -127,9 +124,8 @@ def plan_export(ours: Mapping[str, StoredTensor], config: ScratchGPTConfig) -> l
         first, *inputs = stored[0].shape if stored else (config.hidden_size,)
         whole = (first * len(names), *inputs)
         shape = whole[::-1] if rule.is_matrix else whole
-        pieces.append(
-            Piece([f"transformer.{rule.gpt2.format(layer)}"], [shape], stored, rule.is_matrix)
-        )
+        name = f"transformer.{rule.gpt2.format(layer)}"
+        pieces.append(Piece([name], [shape], stored, rule.is_matrix))
     if head := ours.get("lm_head.weight"):
         pieces.append(Piece([head.name], [head.shape], [head]))
     return pieces

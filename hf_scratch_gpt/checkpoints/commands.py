@@ -115,14 +115,13 @@ def _run(work: Callable[[], list[str]]) -> int:
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """Take SIGTERM for Ctrl-C, so that what is unfinished is removed."""
-    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    is_main = threading.current_thread() is threading.main_thread()  # only that one gets signals
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _printable(text: str) -> str:

@@ -98,11 +98,7 @@ def _read_and_dropped(source: GPT2Source) -> Iterator[str]:
 def _write_model_card(
     folder: Path, source: GPT2Source, dtype: torch.dtype, parameters: int, digests: dict[str, str]
 ) -> None:
-    """Write README.md: where the model comes from, its sizes, its files' SHA-256.
-
-    Args:
-        digests: those that are known already, by file name.
-    """
+    """Write README.md: origin, sizes, files and their SHA-256, of which some are in `digests`."""
     rows = [
         f"| {path.name} | {path.stat().st_size:,} | `{digests.get(path.name) or sha256(path)}` |"
         for path in sorted(folder.iterdir())

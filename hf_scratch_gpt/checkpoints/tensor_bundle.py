@@ -69,7 +69,7 @@ def _read(
     """A tensor, mapped from `file` at offset, size and checksum `place`, and checked."""
     offset, size, checksum = place
     if not file.is_file():
-        raise ValueError(f"{where} is missing, since the file is")
+        raise ValueError(f"{where} lies in a file that is missing")
     if size != dtype.itemsize * prod(shape):
         raise ValueError(f"{where} has {size} bytes, which are not those of shape {list(shape)}")
     if offset + size > file.stat().st_size:

@@ -68,12 +68,10 @@ def _joined(parts: list[StoredTensor]) -> StoredTensor:
         return parts[0]
     for part in parts:
         part.check(parts[0].shape)
-    outputs, *inputs = parts[0].shape or (0,)
-    name, shape = " and ".join(part.name for part in parts), (outputs * len(parts), *inputs)
     return replace(
         parts[0],
-        name=name,
-        shape=shape,
+        name=" and ".join(part.name for part in parts),
+        shape=(sum(part.shape[0] for part in parts if part.shape), *parts[0].shape[1:]),
         read=lambda: torch.cat([part.read() for part in parts]),
     )
 

@@ -116,6 +116,11 @@ def test_the_tokenizer_needs_none_of_our_code(converted_tiny, tmp_path):
     assert not list((tmp_path / "out").glob("*.py"))
 
 
+def test_the_source_is_not_replaced(saved, capsys):
+    assert main([str(saved), str(saved), "--overwrite"]) == 1
+    assert "holds the source" in capsys.readouterr().err
+
+
 def test_wrong_exports_are_noticed(saved, tmp_path, capsys, monkeypatch):
     def lose_an_activation(config):
         made = gpt2_config(config)
@@ -126,15 +131,3 @@ def test_wrong_exports_are_noticed(saved, tmp_path, capsys, monkeypatch):
     assert main([str(saved), str(tmp_path / "out")]) == 1
     assert "logits differ" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-
-
-def test_existing_folders_need_overwrite_and_the_source_stays(saved, tmp_path, capsys):
-    assert main([str(saved), str(saved), "--overwrite"]) == 1
-    assert "holds the source" in capsys.readouterr().err
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old.txt").write_text("old")
-    assert main([str(saved), str(out)]) == 1
-    assert "--overwrite" in capsys.readouterr().err
-    assert main([str(saved), str(out), "--overwrite"]) == 0
-    assert not (out / "old.txt").exists()

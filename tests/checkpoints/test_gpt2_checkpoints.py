@@ -21,6 +21,7 @@ from hf_scratch_gpt import (
 )
 
 from ..models import random_gpt2, random_ids, random_model
+from .checkpoints import bare, hf_source, with_masks
 
 PAIRS = {
     "language model": (GPT2LMHeadModel, ScratchGPTForCausalLM),
@@ -57,38 +58,17 @@ def test_every_head_reads_its_counterpart(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "file_format"), [("transformer.h", "safetensors"), ("h", "bin")]
+    ("layout", "form"),
+    [("safetensors", dict), ("bin", bare), ("sharded safetensors", with_masks)],
 )
-def test_both_key_layouts_and_file_formats(layout, file_format, gpt2_folder, tmp_path):
+def test_key_layouts_and_file_formats(layout, form, tmp_path, logged_warnings):
+    reference = hf_source(tmp_path, layout, form)
+    assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, tmp_path))
+
+
+def test_eleven_layers_keep_their_order(gpt2_folder):
     reference = GPT2LMHeadModel.from_pretrained(gpt2_folder)
-    reference.config.save_pretrained(tmp_path)
-    tensors = load_file(gpt2_folder / "model.safetensors")
-    assert "transformer.h.10.attn.c_attn.weight" in tensors
-    if layout == "h":
-        tensors = {name.removeprefix("transformer."): tensors[name] for name in tensors}
-    if file_format == "safetensors":
-        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    else:
-        torch.save(tensors, tmp_path / "pytorch_model.bin")
-    assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, tmp_path))
-
-
-def test_sharded_checkpoint(small_gpt2, tmp_path):
-    reference = GPT2LMHeadModel.from_pretrained(small_gpt2)
-    reference.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
-    assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, tmp_path))
-
-
-def test_mask_buffers_of_old_checkpoints_are_ignored(small_gpt2, tmp_path):
-    reference = GPT2LMHeadModel.from_pretrained(small_gpt2)
-    reference.config.save_pretrained(tmp_path)
-    tensors = load_file(small_gpt2 / "model.safetensors")
-    for layer in range(2):
-        tensors[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
-        tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, tmp_path))
+    assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, gpt2_folder))
 
 
 def test_a_tensor_that_belongs_nowhere_is_reported(small_gpt2, tmp_path, logged_warnings):

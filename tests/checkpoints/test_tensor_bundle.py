@@ -1,6 +1,7 @@
 """The reader of TensorFlow checkpoints, on the index of OpenAI's real release."""
 
 import os
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -24,27 +25,7 @@ def test_index_of_the_real_release(release):
     assert len(shapes) == 148
     assert shapes["model/wte"] == (50257, 768)
     assert shapes["model/h11/attn/c_attn/w"] == (1, 768, 2304)
-    sizes = []
-    for shape in shapes.values():
-        size = 1
-        for length in shape:
-            size *= length
-        sizes.append(size)
-    assert sum(sizes) == 124_439_808
-
-
-def test_missing_shard_is_named(release):
-    with pytest.raises(
-        ValueError, match="data-00000-of-00001 is missing, and model/wte lies in it"
-    ):
-        {stored.name: stored for stored in read_bundle(release / "model.ckpt")}["model/wte"].read()
-
-
-def test_tensors_of_the_tiny_release(openai_tiny):
-    bundle = read_bundle(openai_tiny / "model.ckpt")
-    assert len(bundle) == 3 * 12 + 4
-    for stored in bundle:
-        assert tuple(stored.read().shape) == stored.shape
+    assert sum(map(prod, shapes.values())) == 124_439_808
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"x" * 100], ids=["empty", "short", "text"])
@@ -71,8 +52,8 @@ def test_an_index_far_too_large_is_not_read(openai_tiny, tmp_path):
         read_bundle(tmp_path / "model.ckpt")
 
 
-def test_a_release_in_several_shards(openai_tiny, tmp_path):
-    sizes = dict(n_vocab=400, n_ctx=32, n_embd=48, n_head=4, n_layer=12)
+def test_a_release_in_several_shards(openai_tiny, tmp_path, capsys):
+    sizes = dict(n_vocab=400, n_ctx=32, n_embd=48, n_head=4, n_layer=2)
     weights = []
     for num_shards in (1, 3):
         release, out = tmp_path / f"release{num_shards}", tmp_path / f"out{num_shards}"
@@ -83,4 +64,7 @@ def test_a_release_in_several_shards(openai_tiny, tmp_path):
     assert weights[0] == weights[1]
     (tmp_path / "release3" / "model.ckpt.data-00001-of-00003").unlink()
     assert main([str(tmp_path / "release3"), str(tmp_path / "out")]) == 1
+    assert (
+        "data-00001-of-00003: model/h0/attn/c_attn/w is missing, since" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()

@@ -72,7 +72,7 @@ class Pickle:
             self.content = self._load()
         state = self.content if key is None else self.content[key]
         self._touched += state[name].nbytes
-        return state[name]
+        return state[name].detach()  # it may be a parameter
 
 
 def _check_archive(path: str, checksums: bool) -> None:

@@ -140,7 +140,7 @@ def told_as_error(path: str | Path) -> Iterator[None]:
 def map_tensor(
     path: str | Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The contiguous tensor at byte `offset` of the file `path`, which holds it.
+    """The contiguous tensor at byte `offset` of the file `path`, which is long enough.
 
     It is mapped, not read: memory is taken as it is touched, and given back with the tensor.
     """
@@ -157,7 +157,10 @@ def map_tensor(
 def by_plain_name(
     tensors: Iterable[StoredTensor], prefixes: tuple[str, ...] = WRAPPERS
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """`tensors` by their names without `prefixes`, which must differ; causal masks, and why not."""
+    """`tensors` by their names without `prefixes`; names of causal masks, left out, and the reason.
+
+    A ValueError tells which two tensors have the same name then.
+    """
     named: dict[str, StoredTensor] = {}
     dropped: dict[str, str] = {}
     for tensor in tensors:

@@ -21,7 +21,10 @@ from .sources import GPT2Source, StoredTensor, by_plain_name, told_as_error
 def read_textbook(
     source: str, num_heads: int | None = None, preset: str | None = None
 ) -> GPT2Source:
-    """Open the file `source`; its tensors tell neither `num_heads` nor the published `preset`."""
+    """Open the file `source`.
+
+    Its tensors do not tell the number of heads: give `num_heads`, or a published size, `preset`.
+    """
     pickle = Pickle(source)
     is_wrapped = isinstance(pickle.content, dict) and "model_state_dict" in pickle.content
     tensors, dropped = by_plain_name(pickle.tensors("model_state_dict" if is_wrapped else None))

@@ -7,6 +7,7 @@ import struct
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
@@ -82,7 +83,7 @@ def nanogpt(path, weights, bias=True, prefix="", vocabulary=VOCABULARY):
 
 
 def textbook(path, weights, head=None, qkv_bias=True, wrapped=False):
-    state = {"tok_emb.weight": weights["tok"], "pos_emb.weight": weights["pos"]}
+    state = {"tok_emb.weight": nn.Parameter(weights["tok"]), "pos_emb.weight": weights["pos"]}
     for layer in range(LAYERS):
         block = f"trf_blocks.{layer}."
         for kind, short in (("weight", "w"), ("bias", "b")):

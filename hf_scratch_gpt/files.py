@@ -114,6 +114,7 @@ def _aside(out: Path) -> Path:
 
 
 def _restore(out: Path) -> None:
+    """Bring back what waits aside if `out` is gone."""
     if _aside(out).exists() and not out.exists():
         _aside(out).rename(out)
 

@@ -14,21 +14,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def sha256(path: Path) -> str:
     """The SHA-256 of the file `path`, in hexadecimal digits."""
     digest = hashlib.sha256()
-    size = path.stat().st_size
-    with (
-        path.open("rb") as file,
-        logging.tqdm(
-            total=size,
-            unit="B",
-            unit_scale=True,
-            desc=f"Checking {path.name}",
-            leave=False,
-            delay=1,
-        ) as progress,
-    ):
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            progress.update(len(chunk))
+    chunks = range(0, path.stat().st_size, _CHUNK)
+    with path.open("rb") as file:
+        for _ in logging.tqdm(chunks, desc=f"Checking {path.name}", leave=False, delay=1):
+            digest.update(file.read(_CHUNK))
     return digest.hexdigest()
 
 
@@ -37,46 +26,38 @@ def unchecked_files(paths: list[Path]) -> list[str]:
 
     The others have checksums of their own, as archives of torch.save do, or a digest is recorded
     for them: in `SHA256SUMS` or `NAME.sha256` beside the file, as sha256sum writes them, or where
-    the hub's client keeps what the hub says.
-
-    Raises:
-        ValueError: a file is not what was recorded.
+    the hub's client keeps what the hub says. A ValueError tells which file differs from that.
     """
-    return [
-        str(path) for path in paths if not _matches_a_digest(path) and not zipfile.is_zipfile(path)
-    ]
+    unchecked = []
+    for path in paths:
+        recorded, where = _recorded(path)
+        if recorded is None and not zipfile.is_zipfile(path):
+            unchecked.append(str(path))
+        if recorded is not None and (found := sha256(path)) != recorded:
+            raise ValueError(
+                f"{path} has the SHA-256 {found}, and {where} says {recorded}: it is damaged; "
+                "fetch it again"
+            )
+    return unchecked
 
 
-def _matches_a_digest(path: Path) -> bool:
-    """Whether a digest of the file `path` is recorded, and, if so, is right."""
-    recorded = _recorded(path)
-    if recorded is None:
-        return False
-    where, expected = recorded
-    found = sha256(path)
-    if found != expected:
-        raise ValueError(
-            f"{path} has the SHA-256 {found}, and {where} says {expected}: it is damaged; fetch it "
-            "again"
-        )
-    return True
-
-
-def _recorded(path: Path) -> tuple[str, str] | None:
-    """Where a digest of `path` is recorded, and the digest."""
+def _recorded(path: Path) -> tuple[str | None, str]:
+    """The digest recorded for `path`, if any, and where."""
     for sums in (path.with_name("SHA256SUMS"), path.with_name(f"{path.name}.sha256")):
-        if not sums.is_file():
-            continue
-        for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in _lines(sums):
             digest, _, name = line.lower().partition(" ")
             if _SHA256.fullmatch(digest) and name.lstrip(" *") in ("", "-", path.name.lower()):
-                return str(sums), digest
+                return digest, str(sums)
     # The hub's client names large files in its cache, and their entity tags, by their digest.
     if path.is_symlink() and _SHA256.fullmatch(path.resolve().name):
-        return "the hub", path.resolve().name
+        return path.resolve().name, "the hub"
     metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
-    if metadata.is_file():
-        lines = metadata.read_text(encoding="utf-8", errors="replace").splitlines()
-        if len(lines) > 1 and _SHA256.fullmatch(lines[1]):
-            return str(metadata), lines[1]
-    return None
+    lines = _lines(metadata)
+    if len(lines) > 1 and _SHA256.fullmatch(lines[1]):
+        return lines[1], str(metadata)
+    return None, ""
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of the text file `path`; none if it is not there."""
+    return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
+from .assemble import shapes_of
 from .digests import unchecked_files
-from .nanogpt import trim_vocabulary
+from .names import rules_by_layer
 from .sources import GPT2Source, StoredTensor, map_tensor, told_as_error
 
 MAGIC = 20240326
@@ -27,11 +28,7 @@ def is_llmc(source: str) -> bool:
 
 
 def read_llmc(source: str) -> GPT2Source:
-    """Open the file `source`.
-
-    Raises:
-        ValueError: it is no such checkpoint, or its size is not that of its parameters.
-    """
+    """Open the file `source`, whose size must be that of its parameters."""
     path = Path(source)
     with path.open("rb") as file:
         header = file.read(_HEADER)
@@ -41,61 +38,36 @@ def read_llmc(source: str) -> GPT2Source:
     version, positions, vocabulary, layers, heads, width, padded = numbers[1:8]
     if version not in _DTYPES:
         raise ValueError(f"{source} has version {version}; versions 3 and 5 can be read")
+    if layers * width > path.stat().st_size:  # a billion layers would take long to describe
+        raise ValueError(f"{source} is too short for {layers} layers of width {width}")
     if not 0 < vocabulary <= padded:
         raise ValueError(f"{source} says that {vocabulary} of {padded} rows are tokens")
     with told_as_error(source):
         config = ScratchGPTConfig(
-            vocab_size=padded,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=positions,
+            n_vocab=padded, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions
         )
-    dtype = _DTYPES[version]
+    tensors, end = _tensors(source, config, _DTYPES[version])
     size = path.stat().st_size
-    # A layer has the matrices c_attn (3C, C), c_proj (C, C), c_fc (4C, C) and c_proj (C, 4C), their
-    # biases and two norms; a norm follows the last.
-    numbers_stored = (padded + positions + 2) * width + layers * (12 * width + 13) * width
-    expected = _HEADER + numbers_stored * dtype.itemsize
-    if size != expected:
-        raise ValueError(f"{source} has {size} bytes, and the sizes in its header take {expected}")
+    if size != end:
+        raise ValueError(f"{source} has {size} bytes, and the sizes in its header take {end}")
     unchecked = unchecked_files([path])
-    tensors = _layout(source, dtype, padded, positions, layers, width)
     opened = GPT2Source(f"llm.c, version {version}", source, config, tensors, unchecked=unchecked)
     if vocabulary != padded:
-        trim_vocabulary(opened, vocabulary)
+        opened.trim_vocabulary(vocabulary)
     return opened
 
 
-def _layout(
-    source: str, dtype: torch.dtype, vocabulary: int, positions: int, layers: int, width: int
-) -> dict[str, StoredTensor]:
-    """Where each tensor lies, by transformers' names."""
-    one: list[tuple[str, tuple[int, ...]]] = [
-        ("wte.weight", (vocabulary, width)),
-        ("wpe.weight", (positions, width)),
-    ]
-    each: list[tuple[str, tuple[int, ...]]] = [
-        ("ln_1.weight", (width,)),
-        ("ln_1.bias", (width,)),
-        ("attn.c_attn.weight", (3 * width, width)),
-        ("attn.c_attn.bias", (3 * width,)),
-        ("attn.c_proj.weight", (width, width)),
-        ("attn.c_proj.bias", (width,)),
-        ("ln_2.weight", (width,)),
-        ("ln_2.bias", (width,)),
-        ("mlp.c_fc.weight", (4 * width, width)),
-        ("mlp.c_fc.bias", (4 * width,)),
-        ("mlp.c_proj.weight", (width, 4 * width)),
-        ("mlp.c_proj.bias", (width,)),
-    ]
-    last: list[tuple[str, tuple[int, ...]]] = [("ln_f.weight", (width,)), ("ln_f.bias", (width,))]
-    order = [*one]
-    order += [(f"h.{layer}.{name}", shape) for name, shape in each for layer in range(layers)]
-    order += last
-    tensors, offset = {}, _HEADER
-    for name, shape in order:
-        read = partial(map_tensor, source, offset, shape, dtype)
+def _tensors(
+    source: str, config: ScratchGPTConfig, dtype: torch.dtype
+) -> tuple[dict[str, StoredTensor], int]:
+    """Where each tensor lies, by transformers' names, and where the last ends."""
+    tensors, end = {}, _HEADER
+    shapes = shapes_of(config)
+    for rule, layer in rules_by_layer(config.num_hidden_layers):
+        name = rule.gpt2.format(layer)
+        outputs, *inputs = shapes[f"model.{rule.ours[0].format(layer)}"]
+        shape = (outputs * len(rule.ours), *inputs)
+        read = partial(map_tensor, source, end, shape, dtype)
         tensors[name] = StoredTensor(name, source, shape, dtype, read)
-        offset += prod(shape) * dtype.itemsize
-    return tensors
+        end += prod(shape) * dtype.itemsize
+    return tensors, end

@@ -1,26 +1,31 @@
 """The one table between the tensor names and layouts of GPT-2 checkpoints and ours.
 
-`from_pretrained` applies it to every GPT-2 checkpoint in transformers' format while loading, and
-the scripts in `conversion` to every other format, and backwards for export. A rule that matches
-nothing does nothing, so our own checkpoints load untouched.
+`from_pretrained` applies it to every GPT-2 checkpoint in transformers' format while loading. The
+conversion applies it to every other format, and backwards for export. A rule that matches nothing
+does nothing, so our own checkpoints load untouched.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
+# Buffers of older models: transformers' and nanoGPT's, the textbook's.
+_MASK = re.compile(r".*\.(attn\.bias|attn\.masked_bias|att\.mask)")
+
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of GPT-2 and what it is called elsewhere; `{}` stands for the number of the layer.
+    """One tensor of GPT-2 and its names elsewhere; `{}` stands for the number of the layer.
 
     Args:
         gpt2: transformers' name in a base model.
         ours: our names in a base model; several are equal parts along the outputs, in this order.
         textbook: the names of the from-scratch textbook, one for each of ours.
-        is_matrix: whether it is a weight of a linear layer, which transformers' GPT-2 and OpenAI's
-            hold as (inputs, outputs), everyone else as (outputs, inputs).
+        is_matrix: whether it is the weight of a linear layer. transformers' GPT-2 and OpenAI's
+            hold it as (inputs, outputs), all others as (outputs, inputs).
     """
 
     gpt2: str
@@ -55,6 +60,7 @@ def _linear(gpt2: str, ours: tuple[str, ...], textbook: tuple[str, ...]) -> list
 
 _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 _TEXTBOOK_QKV = ("att.W_query", "att.W_key", "att.W_value")
+# The order is that of llm.c's files, which have no names.
 TABLE: list[Rule] = [
     Rule("wte.weight", ("embed_tokens.weight",), ("tok_emb.weight",)),
     Rule("wpe.weight", ("embed_positions.weight",), ("pos_emb.weight",)),
@@ -66,6 +72,18 @@ TABLE: list[Rule] = [
     *_linear("mlp.c_proj", ("mlp.down_proj",), ("ff.layers.2",)),
     *_norm("ln_f", "norm", "final_norm"),
 ]
+
+
+def rules_by_layer(num_layers: int) -> Iterator[tuple[Rule, int]]:
+    """Each rule of the table, once for each layer if layers have it."""
+    for rule in TABLE:
+        for layer in range(num_layers if rule.in_block else 1):
+            yield rule, layer
+
+
+def is_causal_mask(name: str) -> bool:
+    """Whether the tensor `name` of a source is a causal mask, which no model here stores."""
+    return _MASK.fullmatch(name) is not None
 
 
 def _loading_rules(rule: Rule) -> WeightRenaming | WeightConverter:

@@ -8,199 +8,89 @@ lie.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from math import prod
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import torch
 
-from .sources import map_bytes
+from .sources import StoredTensor, map_tensor
 
 _FOOTER_SIZE = 48
 _LARGEST_INDEX = 1 << 26  # that of GPT-2's largest release takes 16 thousand bytes
 _MAGIC = 0xDB4775248B80FB57
+_CHUNK = 1 << 20  # fits a processor's cache, since google_crc32c takes nothing but copies
 # By the numbers of tensorflow/core/framework/types.proto.
 _DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}
 
 
-@dataclass
-class _Entry:
-    """Where a tensor lies and what it is; the field numbers are those of BundleEntryProto."""
+def read_bundle(prefix: Path) -> list[StoredTensor]:
+    """The tensors of the checkpoint `prefix`, which are compared with their checksums when read.
 
-    dtype: int = 0
-    shape: list[int] = field(default_factory=list)
-    shard: int = 0
-    offset: int = 0
-    size: int = 0
-    checksum: int = 0
-
-
-class TensorBundle:
-    """The tensors of a checkpoint, read one at a time and checked against their checksums.
-
-    Args:
-        prefix: the path of the files without `.index`.
-
-    Raises:
-        ValueError: a file is damaged, cut short, or no TensorFlow V2 checkpoint; names file and
-            tensor.
+    A ValueError names the file, and the tensor, that is damaged or cut short.
     """
-
-    def __init__(self, prefix: Path) -> None:
-        self.index_path = prefix.with_name(prefix.name + ".index")
-        self._prefix = prefix
-        entries = dict(_read_table(self.index_path))
-        if b"" not in entries:
-            raise ValueError(
-                f"{self.index_path} has no header entry: it is no TensorFlow V2 checkpoint index"
-            )
-        header = dict(_fields(entries.pop(b""), self.index_path))
-        self.num_shards = _number(header.get(1, 1), "count of shards", self.index_path)
-        if header.get(2, 0) != 0:
-            raise ValueError(
-                f"{self.index_path} is big-endian; only little-endian checkpoints can be read"
-            )
-        self._entries = {
-            name.decode(errors="backslashreplace"): _parse_entry(value, self.index_path)
-            for name, value in entries.items()
+    path = prefix.with_name(prefix.name + ".index")
+    data = _index_bytes(path)
+    try:
+        values = dict(read_table(data))
+        header = _fields(values.pop(b""))
+        num_shards, is_big_endian = _number(header, 1, default=1), _number(header, 2)
+        entries = {
+            name.decode(errors="backslashreplace"): _entry(value) for name, value in values.items()
         }
-        self._checked: set[str] = set()
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor by name, in the order of the index."""
-        return {name: tuple(entry.shape) for name, entry in self._entries.items()}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The data type of the tensor `name`.
-
-        Raises:
-            ValueError: it is none that GPT-2's weights have.
-        """
-        number = self._entries[name].dtype
-        if number not in _DTYPES:
+    except (LookupError, TypeError):  # past an end, or of another type
+        raise ValueError(
+            f"{path} is damaged: it does not follow the format of a TensorFlow V2 checkpoint "
+            "index; fetch it again"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    if is_big_endian:
+        raise ValueError(f"{path} is big-endian; only little-endian checkpoints can be read")
+    tensors = []
+    for name, (shape, kind, shard, *rest) in entries.items():
+        if kind not in _DTYPES:
             raise ValueError(
-                f"{self.index_path}: {name} has TensorFlow's data type {number}; weights are "
-                f"floating-point, {', '.join(map(str, _DTYPES))}"
+                f"{path}: {name} has TensorFlow's data type {kind}; weights are floating-point, "
+                f"{', '.join(map(str, _DTYPES))}"
             )
-        return _DTYPES[number]
+        file = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{num_shards:05d}")
+        read = partial(_read, f"{file}: {name}", file, shape, _DTYPES[kind], *rest)
+        tensors.append(StoredTensor(name, str(file), shape, _DTYPES[kind], read))
+    return tensors
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor `name`, mapped from its file and compared with its checksum the first time.
 
-        Raises:
-            ValueError: its bytes are missing, or do not match their checksum.
-        """
-        entry = self._entries[name]
-        dtype = self.dtype(name)
-        shard = self._prefix.with_name(
-            f"{self._prefix.name}.data-{entry.shard:05d}-of-{self.num_shards:05d}"
+def _read(
+    where: str, file: Path, shape: tuple[int, ...], dtype: torch.dtype, *place: int
+) -> torch.Tensor:
+    """A tensor, mapped from `file` at offset, size and checksum `place`, and checked."""
+    offset, size, checksum = place
+    if not file.is_file():
+        raise ValueError(f"{where} lies in a file that is missing")
+    if size != dtype.itemsize * prod(shape):
+        raise ValueError(f"{where} has {size} bytes, which are not those of shape {list(shape)}")
+    if offset + size > file.stat().st_size:
+        raise ValueError(
+            f"{where} ends at byte {offset + size}, past the file's {file.stat().st_size}: the "
+            "file is cut short; fetch it again"
         )
-        where = f"{shard}: {name}"
-        if not shard.is_file():
-            raise ValueError(f"{shard} is missing, and {name} lies in it")
-        expected = dtype.itemsize * prod(entry.shape)
-        if entry.size != expected:
-            raise ValueError(
-                f"{where} has {entry.size} bytes, but its shape {entry.shape} takes {expected}"
-            )
-        if entry.offset + entry.size > shard.stat().st_size:
-            raise ValueError(
-                f"{where} ends at byte {entry.offset + entry.size}, past the file's "
-                f"{shard.stat().st_size}: the file is cut short; fetch it again"
-            )
-        data = map_bytes(shard, entry.offset, entry.size)
-        if name not in self._checked and _masked_crc(data.numpy().data) != entry.checksum:
-            raise ValueError(f"{where} does not match its checksum: it is damaged; fetch it again")
-        self._checked.add(name)
-        return data.view(dtype).reshape(entry.shape)
+    tensor = map_tensor(file, offset, shape, dtype)
+    if _masked_crc(tensor.reshape(-1).view(torch.uint8).numpy().data) != checksum:
+        raise ValueError(f"{where} does not match its checksum: it is damaged; fetch it again")
+    return tensor
 
 
-_CHUNK = 1 << 20  # fits a processor's cache, since google_crc32c takes nothing but copies
-
-
-def _masked_crc(data: memoryview) -> int:
-    """CRC-32C, rotated and shifted as LevelDB stores it."""
-    crc = 0
-    for start in range(0, len(data), _CHUNK):
-        crc = google_crc32c.extend(crc, bytes(data[start : start + _CHUNK]))
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _varint(data: bytes, position: int, path: Path) -> tuple[int, int]:
-    """The number at `position`, seven bits a byte, and the position after it."""
-    number = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            break
-        byte = data[position]
-        position += 1
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number, position
-    raise ValueError(f"{path} is damaged: a number runs past its end")
-
-
-def _fields(message: bytes, path: Path) -> Iterator[tuple[int, int | bytes]]:
-    """The numbered fields of a protocol buffer message."""
-    position = 0
-    while position < len(message):
-        key, position = _varint(message, position, path)
-        number, wire_type = key >> 3, key & 7
-        if wire_type == 0:
-            value, position = _varint(message, position, path)
-            yield number, value
-            continue
-        if wire_type == 2:
-            size, position = _varint(message, position, path)
-        elif wire_type in (1, 5):
-            size = 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(
-                f"{path} is damaged: field {number} has the unknown wire type {wire_type}"
-            )
-        if position + size > len(message):
-            raise ValueError(f"{path} is damaged: field {number} runs past the end of its message")
-        piece = message[position : position + size]
-        position += size
-        yield number, piece if wire_type == 2 else int.from_bytes(piece, "little")
-
-
-def _parse_entry(message: bytes, path: Path) -> _Entry:
-    entry = _Entry()
-    names = {1: "dtype", 3: "shard", 4: "offset", 5: "size", 6: "checksum"}
-    for number, value in _fields(message, path):
-        if number == 2 and isinstance(value, bytes):
-            entry.shape = [_length(v, path) for n, v in _fields(value, path) if n == 2]
-        elif number in names:
-            setattr(entry, names[number], _number(value, f"{names[number]} of a tensor", path))
-        elif number == 7:
-            raise ValueError(f"{path} holds sliced tensors; save the checkpoint unpartitioned")
-    return entry
-
-
-def _length(dimension: int | bytes, path: Path) -> int:
-    """The size that a message TensorShapeProto.Dim gives."""
-    if not isinstance(dimension, bytes):
-        raise ValueError(f"{path} is damaged: a dimension of a tensor is no message")
-    return _number(dict(_fields(dimension, path)).get(1, 0), "length of a tensor", path)
-
-
-def _number(value: int | bytes, what: str, path: Path) -> int:
-    if not isinstance(value, int):
-        raise ValueError(f"{path} is damaged: the {what} is no number")
-    return value
-
-
-def _read_table(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a sorted string table."""
+def _index_bytes(path: Path) -> bytes:
+    """The content of the index `path`."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - _FOOTER_SIZE))
-        footer = file.read(_FOOTER_SIZE)
+        footer = file.read()
     if len(footer) < _FOOTER_SIZE or int.from_bytes(footer[-8:], "little") != _MAGIC:
         raise ValueError(
             f"{path} does not end like a TensorFlow V2 checkpoint index; is it the right file?"
@@ -209,40 +99,97 @@ def _read_table(path: Path) -> Iterator[tuple[bytes, bytes]]:
         raise ValueError(
             f"{path} has {size} bytes; the index of a GPT-2 is smaller than {_LARGEST_INDEX}"
         )
-    data = path.read_bytes()
-    _, position = _varint(footer, 0, path)
-    _, position = _varint(footer, position, path)
-    for _, handle in _read_block(data, footer[position:], path):
-        yield from _read_block(data, handle, path)
+    return path.read_bytes()
 
 
-def _read_block(data: bytes, handle: bytes, path: Path) -> Iterator[tuple[bytes, bytes]]:
+# What follows raises an IndexError where data ends too early, and a TypeError where bytes stand in
+# the place of a number or the other way round.
+
+
+def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a sorted string table."""
+    footer = data[-_FOOTER_SIZE:]
+    _, position = _varint(footer, 0)  # the first handle is of another block
+    _, position = _varint(footer, position)
+    for _, handle in _block(data, footer[position:]):
+        yield from _block(data, handle)
+
+
+def _block(data: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Keys and values of the block at `handle`, a pair of offset and size."""
-    offset, position = _varint(handle, 0, path)
-    size, _ = _varint(handle, position, path)
+    offset, position = _varint(handle, 0)
+    size, _ = _varint(handle, position)
     block, trailer = data[offset : offset + size], data[offset + size : offset + size + 5]
-    if len(block) != size or len(trailer) != 5 or size < 4:
-        raise ValueError(
-            f"{path} is cut short: a block of {size} bytes at {offset} runs past its end"
-        )
+    if len(trailer) != 5 or size < 4:
+        raise IndexError
     if _masked_crc(memoryview(block + trailer[:1])) != int.from_bytes(trailer[1:], "little"):
-        raise ValueError(f"{path} does not match its checksum at byte {offset}: fetch it again")
+        raise ValueError(f"does not match its checksum at byte {offset}: fetch it again")
     if trailer[0] != 0:
-        raise ValueError(
-            f"{path} is compressed (type {trailer[0]}); only uncompressed indexes are read"
-        )
-    num_restarts = int.from_bytes(block[-4:], "little")
-    end = size - 4 * (num_restarts + 1)
+        raise ValueError(f"is compressed (type {trailer[0]}); only uncompressed indexes are read")
+    end = size - 4 * (int.from_bytes(block[-4:], "little") + 1)
     key, position = b"", 0
     while position < end:
-        shared, position = _varint(block, position, path)
-        unshared, position = _varint(block, position, path)
-        length, position = _varint(block, position, path)
+        shared, position = _varint(block, position)
+        unshared, position = _varint(block, position)
+        length, position = _varint(block, position)
         if shared > len(key) or position + unshared + length > end:
-            raise ValueError(
-                f"{path} is damaged: an entry of the block at {offset} runs past its end"
-            )
+            raise IndexError
         key = key[:shared] + block[position : position + unshared]
-        position += unshared
-        yield key, block[position : position + length]
-        position += length
+        position += unshared + length
+        yield key, block[position - length : position]
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number at `position`, seven bits a byte, and the position after it."""
+    number = 0
+    for shift in range(0, 70, 7):
+        byte = data[position]
+        position += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, position
+    raise IndexError
+
+
+def _fields(message: Any) -> dict[int, list[Any]]:
+    """The values, bytes or numbers, of a protocol buffer message by the numbers of its fields."""
+    fields: dict[int, list[Any]] = {}
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        wire_type, value = key & 7, 0
+        if wire_type == 0:
+            value, position = _varint(message, position)
+        else:
+            size = {1: 8, 5: 4}.get(wire_type, 0)
+            if wire_type == 2:
+                size, position = _varint(message, position)
+            position += size
+            if (not size and wire_type != 2) or position > len(message):
+                raise IndexError
+            piece = message[position - size : position]
+            value = piece if wire_type == 2 else int.from_bytes(piece, "little")
+        fields.setdefault(key >> 3, []).append(value)
+    return fields
+
+
+def _entry(message: bytes) -> tuple[Any, ...]:
+    """Shape, data type, shard, offset, size and checksum, of a BundleEntryProto."""
+    fields = _fields(message)
+    if 7 in fields:
+        raise ValueError("holds sliced tensors; save the checkpoint unpartitioned")
+    dimensions = [dim for shape in fields.get(2, []) for dim in _fields(shape).get(2, [])]
+    shape = tuple(_number(_fields(dimension), 1) for dimension in dimensions)
+    return shape, *(_number(fields, number) for number in (1, 3, 4, 5, 6))
+
+
+def _number(fields: dict[int, list[Any]], number: int, default: int = 0) -> int:
+    return index(fields.get(number, [default])[-1])
+
+
+def _masked_crc(data: memoryview) -> int:
+    """CRC-32C, rotated and shifted as LevelDB stores it."""
+    crc = 0
+    for start in range(0, len(data), _CHUNK):
+        crc = google_crc32c.extend(crc, bytes(data[start : start + _CHUNK]))
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF

@@ -6,18 +6,16 @@ its LayerNorms have `scale` and `shift` (Raschka, Build a Large Language Model F
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from ..model.configuration_scratch_gpt import PRESETS, ScratchGPTConfig
 from .digests import unchecked_files
-from .sources import (
-    GPT2Source,
-    by_plain_name,
-    load_pickle,
-    stored_tensors,
-    take_tied_head,
-    told_as_error,
-)
+from .names import rules_by_layer
+from .pickles import Pickle
+from .sources import GPT2Source, StoredTensor, by_plain_name, told_as_error
 
 
 def read_textbook(
@@ -25,30 +23,19 @@ def read_textbook(
 ) -> GPT2Source:
     """Open the file `source`.
 
-    Args:
-        source: the file.
-        num_heads: attention heads, which the tensors do not tell.
-        preset: a published size to take them from.
-
-    Raises:
-        ValueError: it is no such file, or the number of heads is not known.
+    Its tensors do not tell the number of heads: give `num_heads`, or a published size, `preset`.
     """
-    content = load_pickle(source)
-    if isinstance(content, dict) and "model_state_dict" in content:
-        content = content["model_state_dict"]
-    tensors = by_plain_name(stored_tensors(content, source))
+    pickle = Pickle(source)
+    is_wrapped = isinstance(pickle.content, dict) and "model_state_dict" in pickle.content
+    tensors, dropped = by_plain_name(pickle.tensors("model_state_dict" if is_wrapped else None))
     for name in ("tok_emb.weight", "pos_emb.weight"):
         if name not in tensors or len(tensors[name].shape) != 2:
-            raise ValueError(f"{source} is no textbook GPT: it lacks a matrix {name}")
+            raise ValueError(f"{source} is not a textbook GPT: it lacks a matrix {name}")
     vocabulary, width = tensors["tok_emb.weight"].shape
-    layers = {
-        int(match[1]) for name in tensors if (match := re.match(r"trf_blocks\.(\d+)\.", name))
-    }
+    layers = [re.match(r"trf_blocks\.(\d+)\.", name) for name in tensors]
+    depth = max((int(layer[1]) for layer in layers if layer), default=0) + 1
     inner = tensors.get("trf_blocks.0.ff.layers.0.weight")
-    depth = max(layers, default=0) + 1
-    if preset is not None:
-        _check_preset(source, preset, width, depth)
-    heads, assumed = _heads(source, width, num_heads, preset)
+    heads, assumed = _heads(source, width, depth, num_heads, preset)
     with told_as_error(source):
         config = ScratchGPTConfig(
             vocab_size=vocabulary,
@@ -59,41 +46,54 @@ def read_textbook(
             max_position_embeddings=tensors["pos_emb.weight"].shape[0],
             qkv_bias="trf_blocks.0.att.W_query.bias" in tensors,
         )
-    dropped = {
-        tensors.pop(name).name: "a causal mask, made anew for each text"
-        for name in list(tensors)
-        if name.endswith(".att.mask")
-    }
-    opened = GPT2Source(
-        f"textbook state dict{assumed}",
-        source,
-        config,
-        tensors,
-        textbook=True,
-        dropped=dropped,
-        unchecked=unchecked_files([Path(source)]),
-    )
-    take_tied_head(opened, "out_head.weight", "tok_emb.weight")
+    named = _by_gpt2_name(tensors, depth)
+    opened = GPT2Source(f"textbook state dict{assumed}", source, config, named)
+    opened.dropped, opened.unchecked = dropped, unchecked_files([Path(source)])
+    opened.untie_or_drop_head()
     return opened
 
 
-def _check_preset(source: str, preset: str, width: int, depth: int) -> None:
-    """Raise a ValueError if the published size `preset` is not that of the tensors."""
-    published = ScratchGPTConfig.from_preset(preset)
-    if (published.hidden_size, published.num_hidden_layers) != (width, depth):
-        raise ValueError(
-            f"{source} has {depth} layers of width {width}, and {preset} has "
-            f"{published.num_hidden_layers} of width {published.hidden_size}; pass --num-heads "
-            "instead of --preset"
-        )
+def _by_gpt2_name(tensors: dict[str, StoredTensor], depth: int) -> dict[str, StoredTensor]:
+    """`tensors` by transformers' names where they have one; query, key and value are joined."""
+    left, named = dict(tensors), {}
+    if "out_head.weight" in left:
+        named["lm_head.weight"] = left.pop("out_head.weight")
+    for rule, layer in rules_by_layer(min(depth, len(tensors))):
+        names = [name.format(layer) for name in rule.textbook]
+        if all(name in left for name in names):
+            named[rule.gpt2.format(layer)] = _joined([left.pop(name) for name in names])
+    return named | left
 
 
-def _heads(source: str, width: int, num_heads: int | None, preset: str | None) -> tuple[int, str]:
+def _joined(parts: list[StoredTensor]) -> StoredTensor:
+    """One tensor of equal `parts` along the outputs."""
+    if len(parts) == 1:
+        return parts[0]
+    for part in parts:
+        part.check(parts[0].shape)
+    return replace(
+        parts[0],
+        name=" and ".join(part.name for part in parts),
+        shape=(sum(part.shape[0] for part in parts if part.shape), *parts[0].shape[1:]),
+        read=lambda: torch.cat([part.read() for part in parts]),
+    )
+
+
+def _heads(
+    source: str, width: int, depth: int, num_heads: int | None, preset: str | None
+) -> tuple[int, str]:
     """How many attention heads there are, and a note if that is an assumption."""
+    if preset is not None:
+        published = ScratchGPTConfig.from_preset(preset)
+        if (published.hidden_size, published.num_hidden_layers) != (width, depth):
+            raise ValueError(
+                f"{source} has {depth} layers of width {width}, and {preset} has "
+                f"{published.num_hidden_layers} of width {published.hidden_size}; pass --num-heads "
+                "instead of --preset"
+            )
+        return num_heads or published.num_attention_heads, ""
     if num_heads is not None:
         return num_heads, ""
-    if preset is not None:
-        return ScratchGPTConfig.from_preset(preset).num_attention_heads, ""
     known = {sizes["hidden_size"]: sizes["num_attention_heads"] for sizes in PRESETS.values()}
     if width not in known:
         raise ValueError(

@@ -7,15 +7,16 @@ import struct
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
-from hf_scratch_gpt.checkpoints.convert import main
+from hf_scratch_gpt.checkpoints.commands import convert_command as main
 
 from ..models import random_gpt2
 
-LAYERS, HEADS, WIDTH, POSITIONS, VOCABULARY = 11, 2, 16, 24, 60
+LAYERS, HEADS, WIDTH, POSITIONS, VOCABULARY = 3, 2, 16, 24, 60
 LINEARS = {"qkv": (48, 16), "proj": (16, 16), "fc": (64, 16), "back": (16, 64)}
 
 
@@ -82,7 +83,7 @@ def nanogpt(path, weights, bias=True, prefix="", vocabulary=VOCABULARY):
 
 
 def textbook(path, weights, head=None, qkv_bias=True, wrapped=False):
-    state = {"tok_emb.weight": weights["tok"], "pos_emb.weight": weights["pos"]}
+    state = {"tok_emb.weight": nn.Parameter(weights["tok"]), "pos_emb.weight": weights["pos"]}
     for layer in range(LAYERS):
         block = f"trf_blocks.{layer}."
         for kind, short in (("weight", "w"), ("bias", "b")):
@@ -134,28 +135,25 @@ class RunsCode:
 def write_source(kind, folder, change):
     """A source of `kind` whose state dict `change` has spoilt; the arguments that convert it."""
     folder.mkdir()
-    if kind == "hf":
+    if kind in ("hf", "hf pickle"):
         random_gpt2(n_layer=LAYERS).save_pretrained(folder)
         tensors = load_file(folder / "model.safetensors")
-        change(tensors, "transformer.h.10.mlp.c_fc.weight")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return [str(folder)]
-    if kind == "hf pickle":
-        random_gpt2(n_layer=LAYERS).save_pretrained(folder)
-        tensors = load_file(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        change(tensors, "transformer.h.10.mlp.c_fc.weight")
-        torch.save(tensors, folder / "pytorch_model.bin")
+        change(tensors, "transformer.h.2.mlp.c_fc.weight")
+        if kind == "hf":
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        else:
+            (folder / "model.safetensors").unlink()
+            torch.save(tensors, folder / "pytorch_model.bin")
         return [str(folder)]
     if kind == "nanogpt":
         nanogpt(folder / "ckpt.pt", random_weights())
         content = torch.load(folder / "ckpt.pt")
-        change(content["model"], "transformer.h.10.mlp.c_fc.weight")
+        change(content["model"], "transformer.h.2.mlp.c_fc.weight")
         torch.save(content, folder / "ckpt.pt")
         return [str(folder)]
     textbook(folder / "model.pth", random_weights())
     content = torch.load(folder / "model.pth")
-    change(content, "trf_blocks.10.ff.layers.0.weight")
+    change(content, "trf_blocks.2.ff.layers.0.weight")
     torch.save(content, folder / "model.pth")
     return [str(folder / "model.pth"), "--num-heads", "2"]
 
@@ -190,9 +188,6 @@ def assert_refused(arguments, out, message, capsys):
     assert re.match(rf"error: .*{message}", error), error
     assert not out.exists()
     assert not list(out.parent.glob(f".{out.name}-*"))
-
-
-# How transformers' GPT-2 occurs.
 
 
 def bare(tensors):

@@ -13,15 +13,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
-from hf_scratch_gpt.checkpoints.convert import _name, main
+from hf_scratch_gpt.checkpoints.commands import convert_command as main
+from hf_scratch_gpt.checkpoints.commands import verify_command as verify
+from hf_scratch_gpt.checkpoints.convert import name_of
 from hf_scratch_gpt.checkpoints.digests import sha256
-from hf_scratch_gpt.checkpoints.verify import main as verify
 from hf_scratch_gpt.files import new_folder
 
-from ..models import random_gpt2, random_ids
+from ..models import random_gpt2
+from .checkpoints import random_weights, textbook
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A folder that is there already."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    return folder
 
 
 @torch.no_grad()
@@ -38,9 +49,10 @@ def test_openai_release_gives_openais_logits_through_conversion_and_reload(
 
 
 def test_result_is_complete(openai_tiny, tmp_path):
-    assert main([str(openai_tiny), str(tmp_path / "out")]) == 0
+    assert main([str(openai_tiny), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
     assert (tokenizer.eos_token_id, model.config.eos_token_id) == (399, 399)
     assert model.generation_config.pad_token_id == 399
     assert tokenizer.model_max_length == model.config.max_position_embeddings == 32
@@ -49,111 +61,73 @@ def test_result_is_complete(openai_tiny, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@torch.no_grad()
-def test_transformers_gpt2_with_its_vocabulary(openai_tiny, tmp_path):
-    source = tmp_path / "source"
-    random_gpt2(vocab_size=400).save_pretrained(source)
-    shutil.copy(openai_tiny / "encoder.json", source / "vocab.json")
-    shutil.copy(openai_tiny / "vocab.bpe", source / "merges.txt")
-    assert main([str(source), str(tmp_path / "out")]) == 0
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 400
-
-
-@torch.no_grad()
-def test_transformers_gpt2_without_a_vocabulary(gpt2_folder, tmp_path):
-    assert main([str(gpt2_folder), str(tmp_path / "out")]) == 0
-    assert not (tmp_path / "out" / "vocab.json").exists()
-    ids = random_ids(2, 12)
-    expected = GPT2LMHeadModel.from_pretrained(gpt2_folder)(ids).logits
-    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
-
-
-def test_dtype(openai_tiny, tmp_path):
-    assert main([str(openai_tiny), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
-    assert ScratchGPTForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-
-
-def test_existing_folder_needs_overwrite(openai_tiny, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious.txt").write_text("keep me")
-    assert main([str(openai_tiny), str(out)]) == 1
+def test_existing_folder_needs_overwrite(openai_tiny, old, capsys):
+    assert main([str(openai_tiny), str(old)]) == 1
     assert "--overwrite" in capsys.readouterr().err
-    assert (out / "precious.txt").read_text() == "keep me"
-    assert main([str(openai_tiny), str(out), "--overwrite"]) == 0
-    assert not (out / "precious.txt").exists()
-    assert (out / "model.safetensors").exists()
+    assert (old / "old.txt").read_text() == "old"
+    assert main([str(openai_tiny), str(old), "--overwrite"]) == 0
+    assert not (old / "old.txt").exists()
+    assert (old / "model.safetensors").exists()
 
 
-def damage_shard(folder):
-    shard = folder / "model.ckpt.data-00000-of-00001"
-    data = bytearray(shard.read_bytes())
-    data[1000] ^= 1
-    shard.write_bytes(data)
+SHARD = "model.ckpt.data-00000-of-00001"
 
 
-def cut_shard(folder):
-    shard = folder / "model.ckpt.data-00000-of-00001"
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-def damage_index(folder):
-    index = folder / "model.ckpt.index"
-    data = bytearray(index.read_bytes())
-    data[100] ^= 1
-    index.write_bytes(data)
-
-
-def lead_out_of_the_folder(folder):
-    (folder / "checkpoint").write_text('model_checkpoint_path: "../../etc/passwd"\n')
-
-
-def claim_another_size(folder):
-    hparams = json.loads((folder / "hparams.json").read_text())
-    (folder / "hparams.json").write_text(json.dumps({**hparams, "n_layer": 4}))
+def flip(data):
+    return data[:100] + bytes([data[100] ^ 1]) + data[101:]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("name", "spoil", "message"),
     [
-        (damage_shard, r"model\.ckpt\.data-00000-of-00001: model/\S+ does not match its checksum"),
-        (cut_shard, r"model\.ckpt\.data-00000-of-00001: model/wte ends at byte .* cut short"),
-        (damage_index, r"model\.ckpt\.index does not match its checksum"),
-        (lead_out_of_the_folder, r"checkpoint names no checkpoint beside it"),
-        (claim_another_size, r"lacks the tensors h\.3\.ln_1\.weight"),
-        (lambda folder: (folder / "vocab.bpe").unlink(), r"vocab\.bpe is missing"),
+        (SHARD, flip, rf"{SHARD}: model/\S+ does not match its checksum"),
+        (SHARD, lambda data: data[:-100], rf"{SHARD}: model/wte ends at byte .* cut short"),
+        ("model.ckpt.index", flip, r"model\.ckpt\.index does not match its checksum"),
+        ("checkpoint", lambda _: b"../../etc/passwd", "checkpoint names no checkpoint beside it"),
+        (
+            "hparams.json",
+            lambda data: data.replace(b'"n_layer": 3', b'"n_layer": 4'),
+            r"lacks the tensors h\.3\.ln_1\.weight",
+        ),
+        ("vocab.bpe", None, r"vocab\.bpe is missing"),
     ],
     ids=["flipped bit", "cut shard", "flipped index bit", "escape", "more layers", "no merges"],
 )
-@pytest.mark.parametrize("there", [False, True])
-def test_bad_sources_are_refused_and_leave_nothing(
-    spoil, message, there, openai_tiny, tmp_path, capsys, logged_warnings
+def test_bad_sources_are_refused_and_change_nothing(
+    name, spoil, message, openai_tiny, old, tmp_path, capsys, logged_warnings
 ):
-    source, out = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(openai_tiny, source)
-    spoil(source)
-    if there:
-        out.mkdir()
-        (out / "old.txt").write_text("old")
-    assert main([str(source), str(out), "--overwrite"]) == 1
+    source = shutil.copytree(openai_tiny, tmp_path / "source")
+    content = (source / name).read_bytes()
+    (source / name).unlink()
+    if spoil:
+        (source / name).write_bytes(spoil(content))
+    assert main([str(source), str(old), "--overwrite"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(message, error), error
-    assert [path.name for path in tmp_path.iterdir() if path != source] == ["out"] * there
-    assert [path.name for path in out.glob("*")] == ["old.txt"] * there
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert [path.name for path in old.iterdir()] == ["old.txt"]
+    assert main([str(source), str(tmp_path / "new")]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_another_kind_of_model_is_refused(tmp_path, capsys):
+def test_arguments_that_are_refused(openai_tiny, gpt2_folder, saved_model, tmp_path, capsys):
     LlamaConfig().save_pretrained(tmp_path / "llama")
-    assert main([str(tmp_path / "llama"), str(tmp_path / "out")]) == 1
-    assert "is a model of type 'llama'; only GPT-2" in capsys.readouterr().err
-
-
-def test_missing_source(tmp_path, capsys):
-    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
-    assert "nowhere" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    textbook(tmp_path / "model.pth", random_weights())
+    for arguments, message in (
+        ([tmp_path / "llama"], "is a model of type 'llama'; only GPT-2"),
+        ([saved_model], f"error: {saved_model} holds a scratch_gpt model already, which needs no"),
+        ([tmp_path / "nowhere"], "nowhere"),
+        ([gpt2_folder, "--max-shard-size", "abc"], "'abc' is not a size of a file; try 5GB"),
+        ([tmp_path / "model.pth"], "pass --num-heads or --preset"),
+        ([tmp_path / "model.pth", "--num-heads", "3"], "hidden_size=16 does not divide into"),
+    ):
+        source, *options = map(str, arguments)
+        assert main([source, str(tmp_path / "out"), *options]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.splitlines()[-1].startswith("error: ")
+        assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_conversion_leaves_nothing(openai_tiny, tmp_path, capsys, monkeypatch):
@@ -164,15 +138,6 @@ def test_an_interrupted_conversion_leaves_nothing(openai_tiny, tmp_path, capsys,
     assert main([str(openai_tiny), str(tmp_path / "out")]) == 130
     assert "nothing was changed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def old(tmp_path):
-    """A folder that is there already."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "old.txt").write_text("old")
-    return folder
 
 
 def test_an_interrupt_while_the_old_folder_is_replaced_brings_it_back(
@@ -248,24 +213,18 @@ def test_places_of_the_result(openai_tiny, old, tmp_path, capsys, monkeypatch):
     assert (old / "old.txt").exists()
 
 
-@pytest.mark.parametrize("size", ["1KB", "5KB", "12.5KB", "40KB"])
-def test_shards_smaller_than_a_tensor(size, gpt2_folder, tmp_path):
-    for name, options in (("whole", []), ("parts", ["--max-shard-size", size])):
-        assert main([str(gpt2_folder), str(tmp_path / name), *options]) == 0
+@pytest.mark.parametrize("size", ["5KB", "40KB"])
+def test_shards_smaller_than_a_tensor(size, small_gpt2, converted_gpt2, tmp_path):
+    assert main([str(small_gpt2), str(tmp_path / "parts"), "--max-shard-size", size]) == 0
     files = list((tmp_path / "parts").glob("*.safetensors"))
     parts = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    whole = load_file(converted_gpt2 / "model.safetensors")
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
     card = (tmp_path / "parts" / "README.md").read_text()
     assert all(sha256(file) in card for file in files)
     model = ScratchGPTForCausalLM.from_pretrained(tmp_path / "parts")
     assert torch.equal(model.lm_head.weight, whole["model.embed_tokens.weight"])
-
-
-def test_a_shard_size_that_is_none(gpt2_folder, tmp_path, capsys):
-    assert main([str(gpt2_folder), str(tmp_path / "out"), "--max-shard-size", "abc"]) == 1
-    assert "'abc' is no size of a file; give one such as 5GB" in capsys.readouterr().err
 
 
 def test_generation_settings_stay(tmp_path, capsys):
@@ -292,10 +251,11 @@ def test_model_card_names_the_source_and_the_type(openai_tiny, tmp_path, monkeyp
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Converted from `openai-tiny` (OpenAI release)" in card
     assert "400 tokens, in bfloat16." in card
-    assert _name("124M") == "openai-community/gpt2"
-    assert _name("owner/name") == "owner/name"
+    assert name_of("124M") == "openai-community/gpt2"
+    assert name_of("owner/name") == "owner/name"
 
 
+@pytest.mark.long
 def test_termination_cleans_up(openai_tiny, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "conversion.convert_gpt2", str(openai_tiny), str(tmp_path / "out")],
@@ -321,10 +281,6 @@ def add(tensors, config):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
 
-def reshape(tensors, config):
-    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(3, 3)
-
-
 def move_last_position(tensors, config):
     tensors["model.embed_positions.weight"][-1, 0] += 5
 
@@ -343,15 +299,15 @@ def untie(tensors, config):
     [
         (drop, "lacks the tensor model.layers.1.mlp.up_proj.weight"),
         (add, "lm_head.weight has no place"),
-        (reshape, "up_proj.weight has shape [3, 3]"),
         (move_last_position, "the conversion is wrong"),
-        (shrink, "embed_tokens.weight has shape [97, 32], and config.json asks for [90, 32]"),
+        (shrink, "embed_tokens.weight has shape [97, 32], and the configuration asks for [90, 32]"),
         (untie, "lacks the tensor lm_head.weight"),
     ],
 )
-def test_verification_names_what_is_wrong(spoil, message, gpt2_folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main([str(gpt2_folder), str(out)]) == 0
+def test_verification_names_what_is_wrong(
+    spoil, message, small_gpt2, converted_gpt2, tmp_path, capsys
+):
+    out = shutil.copytree(converted_gpt2, tmp_path / "out")
     tensors, config = (
         load_file(out / "model.safetensors"),
         json.loads((out / "config.json").read_text()),
@@ -359,21 +315,19 @@ def test_verification_names_what_is_wrong(spoil, message, gpt2_folder, tmp_path,
     spoil(tensors, config)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config))
-    assert verify([str(gpt2_folder), str(out)]) == 1
+    assert verify([str(small_gpt2), str(out)]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_verification_names_damaged_files_and_another_size(gpt2_folder, tmp_path, capsys):
-    out, other = tmp_path / "out", tmp_path / "other"
-    assert main([str(gpt2_folder), str(out)]) == 0
-    random_gpt2(vocab_size=80, eos_token_id=5, bos_token_id=5, pad_token_id=5).save_pretrained(
-        other
-    )
-    assert verify([str(other), str(out)]) == 1
-    assert "has vocab_size=97, and" in capsys.readouterr().err
+def test_verification_names_damaged_files_and_another_size(
+    gpt2_folder, small_gpt2, converted_gpt2, tmp_path, capsys
+):
+    out = shutil.copytree(converted_gpt2, tmp_path / "out")
+    assert verify([str(gpt2_folder), str(out)]) == 1
+    assert "has num_hidden_layers=2, and" in capsys.readouterr().err
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert verify([str(gpt2_folder), str(out)]) == 1
-    assert "model.safetensors is no complete safetensors file" in capsys.readouterr().err
+    assert verify([str(small_gpt2), str(out)]) == 1
+    assert "model.safetensors is not a complete safetensors file" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from hf_scratch_gpt import (
 )
 
 from ..models import random_gpt2, random_ids, random_model
+from .checkpoints import bare, hf_source, with_masks
 
 PAIRS = {
     "language model": (GPT2LMHeadModel, ScratchGPTForCausalLM),
@@ -56,60 +57,40 @@ def test_every_head_reads_its_counterpart(kind, tmp_path):
     assert_same_outputs(reference, load_exactly(ours, tmp_path))
 
 
-@pytest.mark.parametrize("layout", ["transformer.h", "h"])
-@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
-def test_both_key_layouts_and_file_formats(layout, file_format, gpt2_folder, tmp_path):
-    reference = GPT2LMHeadModel.from_pretrained(gpt2_folder)
-    reference.config.save_pretrained(tmp_path)
-    tensors = load_file(gpt2_folder / "model.safetensors")
-    assert "transformer.h.10.attn.c_attn.weight" in tensors
-    if layout == "h":
-        tensors = {name.removeprefix("transformer."): tensors[name] for name in tensors}
-    if file_format == "safetensors":
-        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    else:
-        torch.save(tensors, tmp_path / "pytorch_model.bin")
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [("safetensors", dict), ("bin", bare), ("sharded safetensors", with_masks)],
+)
+def test_key_layouts_and_file_formats(layout, form, tmp_path, logged_warnings):
+    reference = hf_source(tmp_path, layout, form)
     assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, tmp_path))
 
 
-def test_sharded_checkpoint(gpt2_folder, tmp_path):
+def test_eleven_layers_keep_their_order(gpt2_folder):
     reference = GPT2LMHeadModel.from_pretrained(gpt2_folder)
-    reference.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
-    assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, tmp_path))
+    assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, gpt2_folder))
 
 
-def test_mask_buffers_of_old_checkpoints_are_ignored(gpt2_folder, tmp_path):
-    reference = GPT2LMHeadModel.from_pretrained(gpt2_folder)
-    reference.config.save_pretrained(tmp_path)
-    tensors = load_file(gpt2_folder / "model.safetensors")
-    for layer in range(11):
-        tensors[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
-        tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, tmp_path))
-
-
-def test_a_tensor_that_belongs_nowhere_is_reported(gpt2_folder, tmp_path, logged_warnings):
-    GPT2LMHeadModel.from_pretrained(gpt2_folder).config.save_pretrained(tmp_path)
-    tensors = load_file(gpt2_folder / "model.safetensors")
+def test_a_tensor_that_belongs_nowhere_is_reported(small_gpt2, tmp_path, logged_warnings):
+    GPT2LMHeadModel.from_pretrained(small_gpt2).config.save_pretrained(tmp_path)
+    tensors = load_file(small_gpt2 / "model.safetensors")
     tensors["transformer.h.0.attn.surprise"] = torch.ones(3)
-    del tensors["transformer.h.3.mlp.c_fc.weight"]
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     _, report = ScratchGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert report["unexpected_keys"] == {"layers.0.attn.surprise"}
-    assert report["missing_keys"] == {"model.layers.3.mlp.up_proj.weight"}
+    assert report["missing_keys"] == {"model.layers.1.mlp.up_proj.weight"}
     assert any("surprise" in warning for warning in logged_warnings)
 
 
-def test_half_precision_stays_half_precision(gpt2_folder, tmp_path):
-    GPT2LMHeadModel.from_pretrained(gpt2_folder).to(torch.bfloat16).save_pretrained(tmp_path)
+def test_half_precision_stays_half_precision(small_gpt2, tmp_path):
+    GPT2LMHeadModel.from_pretrained(small_gpt2).to(torch.bfloat16).save_pretrained(tmp_path)
     assert load_exactly(ScratchGPTForCausalLM, tmp_path).dtype == torch.bfloat16
     assert ScratchGPTForCausalLM.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
 
 
-def test_resaved_model_has_our_names_and_needs_no_rule(gpt2_folder, tmp_path):
-    loaded = load_exactly(ScratchGPTForCausalLM, gpt2_folder)
+def test_resaved_model_has_our_names_and_needs_no_rule(small_gpt2, tmp_path):
+    loaded = load_exactly(ScratchGPTForCausalLM, small_gpt2)
     loaded.save_pretrained(tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert not [name for name in names if "transformer." in name or "c_attn" in name]
@@ -141,10 +122,10 @@ def test_untied_model_saves_both(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["tp_size", "fsdp_size"])
-def test_splitting_a_gpt2_checkpoint_over_devices_is_refused(size, gpt2_folder):
+def test_splitting_a_gpt2_checkpoint_over_devices_is_refused(size, small_gpt2):
     with pytest.raises(ValueError, match=r"is a GPT-2 checkpoint.*save_pretrained"):
         ScratchGPTForCausalLM.from_pretrained(
-            gpt2_folder, distributed_config=DistributedConfig(**{size: 2})
+            small_gpt2, distributed_config=DistributedConfig(**{size: 2})
         )
 
 

@@ -6,6 +6,7 @@ the package it is not read.
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_scratch_gpt import ScratchGPTConfig, __version__
-from hf_scratch_gpt.checkpoints.export import main as export
+from hf_scratch_gpt.checkpoints.commands import export_command as export
 from hf_scratch_gpt.cli.size_table import find_config
+from hf_scratch_gpt.model import modeling_scratch_gpt
 
 from ..conftest import FIXTURES
 from ..model.test_remote_code import load_everything
 
+MODEL = Path(modeling_scratch_gpt.__file__).parent
 OLD = FIXTURES / "saved-by-0.1.0"
 
 
@@ -47,13 +50,21 @@ def test_it_gives_openais_logits_and_generates_with_a_cache(folder, openai_tiny,
     assert "save_pretrained" in warning
 
 
-def test_refreshed_it_says_nothing_and_its_code_runs_alone(folder, tmp_path, logged_warnings):
+def test_refreshed_it_says_nothing(folder, logged_warnings):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     assert len(logged_warnings) == 1
     assert json.loads((folder / "config.json").read_text())["code_version"] == __version__
     AutoModelForCausalLM.from_pretrained(folder)
     assert len(logged_warnings) == 1
+    for file in MODEL.glob("*_scratch_gpt.py"):
+        assert (folder / file.name).read_text() == file.read_text()
+
+
+@pytest.mark.long
+def test_refreshed_its_code_runs_alone(folder, tmp_path, logged_warnings):
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     assert load_everything(folder, tmp_path / "again").startswith("The cat")
 
 

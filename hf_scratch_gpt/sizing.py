@@ -260,7 +260,11 @@ def _tensors_of_a_step(
     if config.chunked_loss:
         head = config.vocab_size * config.hidden_size
         piece = min(tokens, LOSS_PIECE)
-        loss = {"gradients": head + hidden, "logits of a piece": piece * config.vocab_size}
+        loss = {
+            "gradients": head + hidden,
+            "of a piece: logits, inputs": piece * (config.vocab_size + config.hidden_size),
+            "of a piece: gradient of the head": head,
+        }
     return {
         "norm": norm,
         "attention": {
@@ -274,7 +278,7 @@ def _tensors_of_a_step(
         "feed_forward": {
             "input of the activation": inner,
             "factors of the activation": 0 if fused else factors * inner,
-            "output of the activation": 0 if fused and factors else inner,  # computed anew
+            "output of the activation": inner,
             "mask of dropout": mask,
         },
         "ends": {"mask of dropout": hidden if config.embedding_dropout > 0 else 0},

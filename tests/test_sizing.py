@@ -137,7 +137,7 @@ KERNEL_FORMULAS = {
 
 
 @pytest.mark.parametrize("fields", [{}, {"qkv_bias": False, "intermediate_size": 201}])
-@pytest.mark.parametrize("length", [256, 1024])
+@pytest.mark.parametrize("length", [64, 256])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_flops_are_those_that_torch_counts(attention, dropout, length, fields):
@@ -226,11 +226,7 @@ SIZES = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=4, vocab_s
     ],
     ids=str,
 )
-def test_memory_of_a_step_is_that_of_the_tensors_alive(
-    fields, attention, checkpointing, length, monkeypatch
-):
-    # As a model trains where nobody watches.
-    monkeypatch.setattr("hf_scratch_gpt.engine.plain.is_in_torch_dispatch_mode", lambda: False)
+def test_memory_of_a_step_is_that_of_the_tensors_alive(fields, attention, checkpointing, length):
     config = ScratchGPTConfig(**{**SIZES, **fields})
     with LiveBytes() as live:
         train(config, 4, length, attention, checkpointing)
@@ -253,7 +249,8 @@ def print_peak_of_gpt2(batch_size: int, length: int) -> None:
     print(resident("VmHWM") - before)
 
 
-# The update is where most lives, then the loss.
+# In the first the update needs most memory, in the second the loss.
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 @pytest.mark.parametrize(("batch_size", "length"), [(1, 256), (2, 512)])
 def test_memory_to_train_gpt2_is_that_of_a_process(batch_size, length):

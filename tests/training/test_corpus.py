@@ -15,22 +15,9 @@ import torch
 
 from hf_scratch_gpt import ScratchGPTTokenizer
 from hf_scratch_gpt.training import corpus, texts
-from hf_scratch_gpt.training.corpus import Blocks, TokenFile, WholeBatches, documents, tokenize
+from hf_scratch_gpt.training.corpus import Blocks, TokenFile, tokenize, whole_batches
 
-WORDS = [
-    "the",
-    "cat",
-    "Łódź",
-    "日本",
-    "x=1;",
-    "\r\n",
-    "\n",
-    "\n\n",
-    "  ",
-    "\t",
-    "'ll",
-    "<|endoftext|>",
-]
+WORDS = ("the", "cat", "Łódź", "日本", "x=1;", "\r\n", "\n", "\n\n", "  ", "\t", "'ll", "<|endoftext|>")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +52,7 @@ def test_a_text_read_in_pieces_gives_the_tokens_of_the_whole(
     text = "".join(choose.choice(WORDS) + choose.choice(" \n") for _ in range(400))
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    pieces = list(documents(path))
+    pieces = list(texts.read(path, "text"))
     assert len(pieces) > 2
     assert "".join(part.text for part in pieces) == text
     assert [part.ends for part in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -77,7 +64,7 @@ def test_a_text_without_a_place_to_cut_is_read_all_the_same(tmp_path, monkeypatc
     monkeypatch.setattr(texts, "PIECE_BYTES", 5)
     path = tmp_path / "a.txt"
     path.write_text("日本語" * 20)
-    assert "".join(part.text for part in documents(path)) == "日本語" * 20
+    assert "".join(part.text for part in texts.read(path, "text")) == "日本語" * 20
 
 
 def test_every_kind_of_source_gives_its_documents_in_order(tokenizer, ids_of, tmp_path):
@@ -126,13 +113,13 @@ BAD_FILES = {
     "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), r"utf16\.jsonl is not UTF-8 text: byte 0"),
     "late.jsonl": (b'{"text": "a"}\n{"text": "\xff"}', r"late\.jsonl is not UTF-8 .*byte 24 is"),
     "cut.jsonl": (b'{"text": "a"}\n\n{"text": ', r"cut\.jsonl, line 3 is not JSON \(Expecting val"),
-    "list.jsonl": (b'["a"]', r"list\.jsonl, line 1 is no JSON object: \[\"a\"\]"),
+    "list.jsonl": (b'["a"]', r"list\.jsonl, line 1 is not a JSON object: \[\"a\"\]"),
     "field.jsonl": (b'{"a": 1, "b": 2}', r"line 1 has no text in field 'text'; it has 'a', 'b'"),
     "number.jsonl": (b'{"text": 1}', r"line 1 has no text in field 'text'"),
     "deep.jsonl": (b"[" * 100_000, r"deep\.jsonl, line 1 is nested too deeply"),
     "nothing.jsonl": (b'\n{"text": ""}\n', r"nothing\.jsonl is empty"),
-    "bad.parquet": (b"PAR1 but no more", r"bad\.parquet is no Parquet file, or a damaged one"),
-    "table.csv": (b"a,b", r"table\.csv ends in '\.csv', and a file to train on ends in \.txt or "),
+    "bad.parquet": (b"PAR1 but no more", r"bad\.parquet is damaged, or is not a Parquet file"),
+    "table.csv": (b"a,b", r"table\.csv ends in '\.csv', but a file to train on ends in \.txt or "),
 }
 
 
@@ -156,8 +143,8 @@ def test_other_bad_sources_are_named(ids_of, tmp_path):
         (tmp_path / "none.txt", r"none\.txt' does not exist; name a file, a folder or a data set"),
         ("./none", r"'\./none' does not exist"),
         ("", r"'' does not exist"),
-        ("nobody/nothing", r"nobody/nothing is no file and no folder, and cannot be loaded as a"),
-        ([], r"there is no source"),
+        ("nobody/nothing", r"nobody/nothing is not a file or folder, and cannot be loaded as a"),
+        ([], r"no source was given"),
     ]:
         with pytest.raises(ValueError, match=message):
             ids_of(source)
@@ -328,7 +315,7 @@ def test_too_few_tokens_are_refused_with_their_number(stream):
 
 @pytest.mark.parametrize(("batch_size", "numbers"), [(2, [0, 1, 2, 3]), (3, [0, 1, 2, 3, 0, 1])])
 def test_the_first_blocks_fill_the_last_batch(batch_size, numbers, stream):
-    blocks = WholeBatches(Blocks(stream, 8), batch_size)
+    blocks = whole_batches(Blocks(stream, 8), batch_size)
     assert [block["input_ids"][0].item() // 8 for block in blocks] == numbers
     assert len(blocks) == len(numbers)
-    assert len(WholeBatches(Blocks(stream, 8), 9)) == 9
+    assert len(whole_batches(Blocks(stream, 8), 9)) == 9

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from hf_scratch_gpt.training import callbacks
 from hf_scratch_gpt.training.corpus import Blocks, tokenize
-from hf_scratch_gpt.training.run import parse_flags, train
+from hf_scratch_gpt.training import parse_flags, train
 from hf_scratch_gpt.training.run_folder import last_checkpoint
 
 from ..models import random_gpt2
@@ -46,7 +46,7 @@ def tokenizer(openai_tiny):
 def text(tmp_path_factory):
     """A file of about a hundred blocks of 16 tokens."""
     path = tmp_path_factory.mktemp("texts") / "text.txt"
-    path.write_text((Path(__file__).parents[1] / "LICENSE").read_text()[:3000])
+    path.write_text((Path(__file__).parents[2] / "LICENSE").read_text()[:3000])
     return path
 
 
@@ -300,7 +300,7 @@ def test_a_folder_takes_one_run_and_that_once(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(
-        ValueError, match=r"mine holds files, but no run \(run\.json\); choose anot"
+        ValueError, match=r"mine holds files, but not a run \(run\.json\); choose anot"
     ):
         run("mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
@@ -348,18 +348,18 @@ def test_what_does_not_fit_is_said_before_anything_is_done(run, text, tmp_path):
     for message, options in [
         (r"no preset is called 'gpt2-hug'; did you mean gpt2", dict(model="gpt2-hug")),
         (r"no preset is called 'gpt2-hug'", dict(model="gpt2-hug", tokenizer=None)),
-        (r"fresh weights come without a tokenizer; give tokenizer=", dict(tokenizer=None)),
-        (r"no tokenizer can be loaded from '.*/no'", dict(tokenizer=tmp_path / "no")),
-        (r"no tokenizer can be loaded from '.*/97'", dict(model=small, tokenizer=None)),
-        (r"no model can be loaded from '.*/no'", dict(model=tmp_path / "no")),
+        (r"fresh weights have no tokenizer; give tokenizer=", dict(tokenizer=None)),
+        (r"the tokenizer '.*/no' cannot be loaded", dict(tokenizer=tmp_path / "no")),
+        (r"the tokenizer '.*/97' cannot be loaded", dict(model=small, tokenizer=None)),
+        (r"the model '.*/no' cannot be loaded", dict(model=tmp_path / "no")),
         (r"the tokenizer has 400 tokens, the model 97; give the", dict(model=small)),
         (r"the tokenizer has 400 tokens, the model 9;", dict(overrides=dict(n_vocab=9))),
-        (r"overrides=\{'n_layer': 1\} are for", dict(model=small, overrides=dict(n_layer=1))),
+        (r"overrides=\{'n_layer': 1\} need a preset", dict(model=small, overrides=dict(n_layer=1))),
         (r"block_size=17 exceeds the model's 16 positions; give 16", dict(block_size=17)),
         (r"none\.txt' does not exist", {}),
         (r"tokens, less than one block of 5000; give more", dict(overrides=dict(n_ctx=5000))),
         (r"2 blocks of 600 tokens are too few", dict(overrides=dict(n_ctx=600), validation=0.9)),
-        (r"1\.5 is no part of the blocks; give", dict(validation=1.5)),
+        (r"1\.5 is not a part of the blocks; give", dict(validation=1.5)),
     ]:
         sources = nowhere if options.keys() <= {"model", "tokenizer", "block_size"} else text
         with pytest.raises(ValueError, match=message) as raised:
@@ -397,10 +397,10 @@ def test_flags_of_a_command_line_become_arguments():
     )
     assert parse_flags([]) == {}
     for flags, message in [
-        (["--learning-rat", "1"], r"--learning-rat is no argument of training; did you mean --l"),
+        (["--learning-rat", "1"], r"--learning-rat is not an argument of training; did you mean --l"),
         (["--max-steps", "many"], r"argument --max_steps/--max-steps: invalid int value: 'many'"),
-        (["--zzz"], r"--zzz is no argument of training$"),
-        (["word"], r"word is no argument of training"),
+        (["--zzz"], r"--zzz is not an argument of training$"),
+        (["word"], r"word is not an argument of training"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             parse_flags(flags)
@@ -410,7 +410,7 @@ def test_a_record_that_is_damaged_is_no_run(run, tmp_path):
     for content in ("{", "[]", json.dumps("run")):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "run.json").write_text(content)
-        with pytest.raises(ValueError, match="holds files, but no run"):
+        with pytest.raises(ValueError, match="holds files, but not a run"):
             run()
 
 

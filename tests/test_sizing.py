@@ -137,10 +137,10 @@ KERNEL_FORMULAS = {
 
 
 @pytest.mark.parametrize("fields", [{}, {"qkv_bias": False, "intermediate_size": 201}])
-@pytest.mark.parametrize("length", [64, 256])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_flops_are_those_that_torch_counts(attention, dropout, length, fields):
+def test_flops_are_those_that_torch_counts(attention, dropout, fields):
+    length = 96
     config = ScratchGPTConfig(
         **{**dict(vocab_size=501, n_embd=64, n_layer=3, n_head=4, drop_rate=dropout), **fields}
     )
@@ -208,7 +208,7 @@ def train(config, batch_size, length, attention="sdpa", checkpointing=False) -> 
 SIZES = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=4, vocab_size=1000)
 
 
-@pytest.mark.parametrize("length", [32, 256])
+@pytest.mark.parametrize("length", [32, 128])
 @pytest.mark.parametrize(
     ("fields", "attention", "checkpointing"),
     [
@@ -229,8 +229,8 @@ SIZES = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=4, vocab_s
 def test_memory_of_a_step_is_that_of_the_tensors_alive(fields, attention, checkpointing, length):
     config = ScratchGPTConfig(**{**SIZES, **fields})
     with LiveBytes() as live:
-        train(config, 4, length, attention, checkpointing)
-    predicted = training_memory(config, 4, length, attention, checkpointing)
+        train(config, 2, length, attention, checkpointing)
+    predicted = training_memory(config, 2, length, attention, checkpointing)
     assert predicted.peak == pytest.approx(live.peak, rel=0.03)
 
 

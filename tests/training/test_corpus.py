@@ -17,7 +17,20 @@ from hf_scratch_gpt import ScratchGPTTokenizer
 from hf_scratch_gpt.training import corpus, texts
 from hf_scratch_gpt.training.corpus import Blocks, TokenFile, tokenize, whole_batches
 
-WORDS = ("the", "cat", "Łódź", "日本", "x=1;", "\r\n", "\n", "\n\n", "  ", "\t", "'ll", "<|endoftext|>")
+WORDS = (
+    "the",
+    "cat",
+    "Łódź",
+    "日本",
+    "x=1;",
+    "\r\n",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "'ll",
+    "<|endoftext|>",
+)
 
 
 @pytest.fixture(scope="module")

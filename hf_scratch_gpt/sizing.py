@@ -159,7 +159,7 @@ def training_seconds(flops_per_token: float, tokens: float, flops_per_second: fl
     Raises:
         ValueError: `tokens` or `flops_per_second` is not above 0, or not finite.
     """
-    for name, value in (("tokens", tokens), ("flops_per_second", flops_per_second)):
+    for name, value in {"tokens": tokens, "flops_per_second": flops_per_second}.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value} is not a finite number above 0; give one")
     return flops_per_token * tokens / flops_per_second
@@ -181,13 +181,13 @@ def training_memory(
     attention: str = "sdpa",
     checkpointing: bool = False,
 ) -> TrainingMemory:
-    """Bytes of a step of AdamW in float32, after the first, which starts without moments.
+    """Bytes of a step of AdamW in float32 after the first, which starts without moments.
 
-    The terms are those of this package's plain model and torch 2.13 on a CPU, where a dropout's
-    mask takes four bytes a number and dropout of attention weights rules out torch's kernel; there
-    is no key-value cache. Only tensors count: with glibc's default settings, which keep what is
-    freed, a process takes 5 to 40 % more, and 1 % more with `MALLOC_MMAP_THRESHOLD_=131072` in its
-    environment. For models of one or two blocks the terms may be off by a seventh.
+    The terms are those of the plain model, without a key-value cache, and of torch 2.13 on a CPU,
+    where a dropout's mask takes four bytes a number and torch's attention kernel has no dropout.
+    Only tensors count: by glibc's default settings a process keeps what is freed, and takes 5 to
+    40 % more, or 1 % with `MALLOC_MMAP_THRESHOLD_=131072` in its environment. For models of one or
+    two blocks the terms may be off by a seventh.
 
     Args:
         batch_size: B, texts in a step.
@@ -212,12 +212,11 @@ def training_memory(
     kept += sizes["ends"] + sizes["norm"]
 
     # The moments at which most may be alive, apart from the weights and AdamW's moments: the
-    # backward pass of the loss, of the head, of the last block, and of the first, when all other
-    # gradients exist; or the update, one matrix at a time with a root and a quotient beside it, for
-    # the positions also the quotient of the tokens. Inside a block, what came after the scores is
-    # freed before their gradients are made.
+    # backward pass of the loss, the head, the last block, and the first, when all other gradients
+    # exist; or the update of one matrix, with a root and a quotient beside it, for the positions
+    # also the tokens' quotient. What came after a block's scores is freed before their gradients.
     counts = count_parameters(config)
-    head = config.vocab_size * config.hidden_size
+    head = counts.token_embedding
     largest = max(head, counts.position_embedding, config.hidden_size * _inner(config))
     first = (counts.attention + counts.feed_forward) // config.num_hidden_layers
     working = 2 * hidden + max(
@@ -260,12 +259,9 @@ def _tensors_of_a_step(
     loss = {"log-probabilities": logits, "their gradient": logits, "gradient of logits": logits}
     if config.chunked_loss:
         head = config.vocab_size * config.hidden_size
-        piece = min(tokens, LOSS_PIECE)
-        loss = {
-            "gradients": head + hidden,
-            "of a piece: logits, inputs": piece * (config.vocab_size + config.hidden_size),
-            "of a piece: gradient of the head": head,
-        }
+        piece = min(tokens, LOSS_PIECE) * (config.vocab_size + config.hidden_size)
+        # The gradient of the head is there twice: the sum, and that of a piece.
+        loss = {"gradients": 2 * head + hidden, "logits, inputs of a piece": piece}
     return {
         "norm": norm,
         "attention": {
@@ -277,14 +273,13 @@ def _tensors_of_a_step(
             "mask of dropout": mask,
         },
         "feed_forward": {
-            "input of the activation": inner,
+            "input, output of the activation": 2 * inner,
             "factors of the activation": 0 if fused else factors * inner,
-            "output of the activation": inner,
             "mask of dropout": mask,
         },
         "ends": {"mask of dropout": hidden if config.embedding_dropout > 0 else 0},
         "loss": loss,
-        "gradients of the activation": {"output, factors": inner if fused else 2 * inner},
+        "gradients of the activation": {"input, factors": inner if fused else 2 * inner},
         "gradients of the scores": {
             "weights, scores": scores if drops else 2 * scores,
             "mask of the future": tokens * length if attention == "eager" else 0,

@@ -58,7 +58,7 @@ def random_config(seed: int) -> ScratchGPTConfig:
 
 
 CONFIGS = {name: ScratchGPTConfig.from_preset(name) for name in PRESETS} | {
-    f"random{seed}": random_config(seed) for seed in range(10)
+    f"random{seed}": random_config(seed) for seed in range(4)
 }
 
 
@@ -84,24 +84,16 @@ def test_parameters_are_those_of_the_model_component_by_component(config):
 
 @pytest.mark.parametrize(
     ("preset", "parameters"),
-    [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+    [
+        ("124M", 124_439_808),
+        ("355M", 354_823_168),
+        ("774M", 774_030_080),
+        ("1558M", 1_557_611_200),
+        ("gpt3", pytest.approx(175e9, rel=0.005)),
+    ],
 )
-def test_gpt2_has_the_published_parameters(preset, parameters):
+def test_parameters_are_those_published(preset, parameters):
     assert count_parameters(ScratchGPTConfig.from_preset(preset)).total == parameters
-
-
-def test_gpt3_is_within_half_a_percent_of_175_billion():
-    total = count_parameters(ScratchGPTConfig.from_preset("gpt3")).total
-    assert total == pytest.approx(175e9, rel=0.005)
-
-
-def test_a_matrix_of_2048_by_2048_has_4194304_parameters():
-    block = ScratchGPTConfig(
-        hidden_size=2048, num_attention_heads=16, num_hidden_layers=1, qkv_bias=False
-    )
-    output_bias = 2048
-    assert count_parameters(block).attention == 4 * 4_194_304 + output_bias
-    assert storage_bytes(4_194_304) == 16 * 2**20
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

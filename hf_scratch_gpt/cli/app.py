@@ -136,7 +136,7 @@ def train(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Text, .jsonl or .parquet files, folders, or a Hub data set; behind them any flag "
+            help="Text, .jsonl or .parquet files, folders, or a Hub data set; after them any flag "
             "of transformers' TrainingArguments, such as --learning-rate 1e-3.",
         ),
     ],

@@ -1,7 +1,7 @@
 """Texts -> one stream of token ids in a file, computed once -> blocks that a model is trained on.
 
-Documents follow one another in the stream, each with the end-of-text token behind it, and a block
-is the next so many tokens: there is no padding, and a document may run on from block to block.
+Documents follow one another in the stream, each with the end-of-text token after it, and blocks are
+equal parts of it: there is no padding, and a document may go on from block to block.
 """
 
 import hashlib

@@ -144,7 +144,8 @@ def train(
 
     blocks, held_out = blocks_of(sources), None
     if isinstance(validation, float | int):
-        blocks, held_out = blocks.split(validation) if validation else (blocks, None)
+        if validation:
+            blocks, held_out = blocks.split(validation)
     elif validation is not None:
         held_out = blocks_of(validation)
 

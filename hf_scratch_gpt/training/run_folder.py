@@ -32,28 +32,12 @@ _MOST_NAMED = 5
 
 # The arguments that decide the loss curve, apart from the batch size, to which several contribute.
 _ARGUMENTS = (
-    "seed",
-    "data_seed",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "bf16",
-    "fp16",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-)
+    "seed", "data_seed", "max_steps", "num_train_epochs",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16",
+    "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
 
 
 def batch_size(arguments: TrainingArguments) -> int:
@@ -78,7 +62,7 @@ def describe(
     """
     is_model = isinstance(start, PreTrainedModel)
     config = start.config if is_model else start
-    # Of its own class alone: transformers adds fields to its base from version to version.
+    # Only the fields of its own class, as transformers adds some to the base class now and then.
     names = type(config).__annotations__.keys() - PretrainedConfig.__annotations__.keys()
     given = arguments.to_dict()
     run = {

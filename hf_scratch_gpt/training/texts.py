@@ -145,7 +145,7 @@ def _text_pieces(path: Path) -> Iterator[Piece]:
 def _place_to_cut(text: str) -> int:
     """Where to cut `text` so that its parts are encoded as the whole is.
 
-    Byte-level BPE never joins a word and the white space behind it.
+    Byte-level BPE never joins a word and the white space after it.
     """
     for space in "\n ":
         place = text.rfind(space)

@@ -1,7 +1,7 @@
 """How large a model is and what it costs: arithmetic on a configuration, nothing is built.
 
-Parameters are exact. FLOPs are those of the matrix products, a multiplication with an addition
-counted as two. Memory is that of the tensors which live at one time.
+Parameters are exact. FLOPs are those of the matrix products; a multiplication and an addition count
+as two. Memory is that of the tensors that are alive at the same time.
 """
 
 # B batch, T tokens of a text, C hidden, I feed-forward, H heads, V vocabulary, L blocks
@@ -108,8 +108,8 @@ def forward_flops_per_token(config: ScratchGPTConfig, length: int | None = None)
 
     A weight takes 2 FLOPs a token, the embeddings none (Kaplan et al. 2020, section 2.1 and table
     1). Scores and weighted sums take 2 * T * C each in a block: all T keys count for every token,
-    though causal attention needs half of them. So count Chowdhery et al. 2022, appendix B, and
-    torch's `FlopCounterMode`, but that it knows no formula for the attention kernel of CPUs.
+    though causal attention needs half of them. Chowdhery et al. 2022, appendix B, count so, and
+    torch's `FlopCounterMode`, which has no formula for the attention kernel of CPUs.
 
     Args:
         length: T; the model's positions if not given.
@@ -141,10 +141,10 @@ def training_flops_per_token(
 
 
 def rule_of_thumb_flops_per_token(config: ScratchGPTConfig) -> int:
-    """FLOPs of training for one token as published figures reckon them: 6 N.
+    """FLOPs of training for one token by the rule of thumb of published figures: 6 N.
 
-    N is all parameters, as in Brown et al. 2020, appendix D; Kaplan et al. 2020, section 2.1, who
-    found the rule, leave the embeddings out. Either way attention's scores do not count.
+    N is all parameters, as in Brown et al. 2020, appendix D. Kaplan et al. 2020, section 2.1, who
+    found the rule, leave the embeddings out. Neither counts attention's scores.
     """
     return 6 * count_parameters(config).total
 
@@ -152,21 +152,21 @@ def rule_of_thumb_flops_per_token(config: ScratchGPTConfig) -> int:
 def training_seconds(flops_per_token: float, tokens: float, flops_per_second: float) -> float:
     """Seconds to train on `tokens` tokens by a device that sustains `flops_per_second`.
 
-    Of the years published for GPT-3 on one device, 355 on a V100 are the 3.14e23 FLOPs of Brown et
-    al. 2020, table D.1, at 28e12 FLOP/s; 665 on an RTX 8000 are 6 * 175e9 FLOPs for each of 300e9
-    tokens, which implies 15e12 FLOP/s. Neither is a measurement.
+    For GPT-3 on one device two durations are published, neither of them measured: 355 years on a
+    V100 are the 3.14e23 FLOPs of Brown et al. 2020, table D.1, at 28e12 FLOP/s; 665 years on an RTX
+    8000 are 6 * 175e9 FLOPs for each of 300e9 tokens at 15e12 FLOP/s.
 
     Raises:
         ValueError: `tokens` or `flops_per_second` is not above 0, or not finite.
     """
-    for name, value in (("tokens", tokens), ("flops_per_second", flops_per_second)):
+    for name, value in {"tokens": tokens, "flops_per_second": flops_per_second}.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value} is no finite number above 0; give one")
+            raise ValueError(f"{name}={value} is not a finite number above 0; give one")
     return flops_per_token * tokens / flops_per_second
 
 
 def humanize_seconds(seconds: float) -> str:
-    """A duration in the largest unit that it fills, "355.4 years"; a year has 365.25 days."""
+    """A duration in the largest unit that it reaches, "355.4 years"; a year has 365.25 days."""
     units = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60}
     for unit, size in units.items():
         if seconds >= size:
@@ -181,13 +181,13 @@ def training_memory(
     attention: str = "sdpa",
     checkpointing: bool = False,
 ) -> TrainingMemory:
-    """Bytes of a step of AdamW in float32, any but the first, which starts without moments.
+    """Bytes of a step of AdamW in float32 after the first, which starts without moments.
 
-    The terms are read off this package and torch 2.13 on a CPU, where a dropout's mask takes four
-    bytes a number and torch's attention kernel does no dropout; there is no key-value cache. They
-    are tensors alone: a process takes 5 to 40 % more by glibc's default settings, which hold on to
-    what is freed, and 1 % more with `MALLOC_MMAP_THRESHOLD_=131072` in its environment. In models
-    of a block or two, whose tensors of a moment weigh more, the terms may be off by a seventh.
+    The terms are those of the plain model, without a key-value cache, and of torch 2.13 on a CPU,
+    where a dropout's mask takes four bytes a number and torch's attention kernel has no dropout.
+    Only tensors count: by glibc's default settings a process keeps what is freed, and takes 5 to
+    40 % more, or 1 % with `MALLOC_MMAP_THRESHOLD_=131072` in its environment. For models of one or
+    two blocks the terms may be off by a seventh.
 
     Args:
         batch_size: B, texts in a step.
@@ -211,12 +211,12 @@ def training_memory(
     kept = config.num_hidden_layers * (hidden if checkpointing else block)
     kept += sizes["ends"] + sizes["norm"]
 
-    # Where most may live, the weights and AdamW's moments apart: as the loss is differentiated, the
-    # head, the last block, and the first, when all other gradients are there; or in the update, one
-    # matrix at a time, with a root and a quotient aside, and for the positions the quotient of the
-    # tokens. Inside a block, what came after the scores is gone by the time of their gradients.
+    # The moments at which most may be alive, apart from the weights and AdamW's moments: the
+    # backward pass of the loss, the head, the last block, and the first, when all other gradients
+    # exist; or the update of one matrix, with a root and a quotient beside it, for the positions
+    # also the tokens' quotient. What came after a block's scores is freed before their gradients.
     counts = count_parameters(config)
-    head = config.vocab_size * config.hidden_size
+    head = counts.token_embedding
     largest = max(head, counts.position_embedding, config.hidden_size * _inner(config))
     first = (counts.attention + counts.feed_forward) // config.num_hidden_layers
     working = 2 * hidden + max(
@@ -243,7 +243,7 @@ def training_memory(
 def _tensors_of_a_step(
     config: ScratchGPTConfig, batch_size: int, length: int, attention: str
 ) -> dict[str, dict[str, int]]:
-    """The one table of the elements that live from forward to backward, or arise in backward."""
+    """The one table of elements that are kept for the backward pass, or arise in it."""
     tokens = batch_size * length
     hidden, inner = tokens * config.hidden_size, tokens * _inner(config)  # (B, T, C), (B, T, I)
     heads, logits = tokens * config.num_attention_heads, tokens * config.vocab_size
@@ -255,12 +255,13 @@ def _tensors_of_a_step(
     norm = {"input": hidden, "mean, deviation": 2 * tokens, "output": hidden}
     if not fused:
         norm = {"centred": 2 * hidden, "deviation": tokens, "scaled, output": 2 * hidden}
-    # The logits themselves are gone by the backward pass, if nobody holds them.
+    # The logits themselves are freed before the backward pass.
     loss = {"log-probabilities": logits, "their gradient": logits, "gradient of logits": logits}
     if config.chunked_loss:
         head = config.vocab_size * config.hidden_size
-        piece = min(tokens, LOSS_PIECE)
-        loss = {"gradients": head + hidden, "logits of a piece": piece * config.vocab_size}
+        piece = min(tokens, LOSS_PIECE) * (config.vocab_size + config.hidden_size)
+        # The gradient of the head is there twice: the sum, and that of a piece.
+        loss = {"gradients": 2 * head + hidden, "logits, inputs of a piece": piece}
     return {
         "norm": norm,
         "attention": {
@@ -272,14 +273,13 @@ def _tensors_of_a_step(
             "mask of dropout": mask,
         },
         "feed_forward": {
-            "input of the activation": inner,
+            "input, output of the activation": 2 * inner,
             "factors of the activation": 0 if fused else factors * inner,
-            "output of the activation": 0 if fused and factors else inner,  # computed anew
             "mask of dropout": mask,
         },
         "ends": {"mask of dropout": hidden if config.embedding_dropout > 0 else 0},
         "loss": loss,
-        "gradients of the activation": {"output, factors": inner if fused else 2 * inner},
+        "gradients of the activation": {"input, factors": inner if fused else 2 * inner},
         "gradients of the scores": {
             "weights, scores": scores if drops else 2 * scores,
             "mask of the future": tokens * length if attention == "eager" else 0,

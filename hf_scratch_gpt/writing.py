@@ -1,4 +1,4 @@
-"""Text out of a model as it comes, and on past the end of the context window."""
+"""Text from a model as it comes, and past the end of the context window."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,16 +19,16 @@ def write(
     on_text: Callable[[str], None] | None = None,
     **generation: Any,
 ) -> str:
-    """Continue `prompt`, in one text of any length.
+    """Continue `prompt`, by a text of any length.
 
     Where the text reaches the model's last position, the model reads the last half of its window
-    again as a new beginning, and goes on from there; it has forgotten what came before.
+    again as a new beginning; it has forgotten what came before.
 
     Args:
         model: a language model; `config.max_position_embeddings` is the length of its window.
         tokenizer: its tokenizer.
-        prompt: what to continue, of at least one token. Of a prompt longer than the window the
-            model reads the end.
+        prompt: what to continue, of at least one token. The model reads the end of a prompt that is
+            longer than the window.
         max_new_tokens: how many tokens to write at most; the end-of-text token ends the text.
         on_text: called with each piece of text as soon as its characters are complete.
         generation: for `generate`, such as `do_sample`, `temperature`, `top_k`, `top_p`.
@@ -57,7 +57,7 @@ def write(
         if ids.shape[1] >= window:
             ids = ids[:, -max(1, window // 2) :]
         count = min(left, max(1, window - ids.shape[1]))
-        streamer.expect_prompt()
+        streamer.prompt_comes = True
         ids = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -77,19 +77,14 @@ class _PieceStreamer(BaseStreamer):
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None
     ) -> None:
-        self._tokenizer = tokenizer
-        self._on_text = on_text
+        self._tokenizer, self._on_text = tokenizer, on_text
         self._held: list[int] = []
         self._pieces: list[str] = []
-        self._prompt_comes = False
-
-    def expect_prompt(self) -> None:
-        """What is put next has been written already."""
-        self._prompt_comes = True
+        self.prompt_comes = False
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt_comes:
-            self._prompt_comes = False
+        if self.prompt_comes:
+            self.prompt_comes = False
             return
         self._held += value.flatten().tolist()
         text = self._decode()

@@ -44,6 +44,7 @@ def test_python_blocks_run(openai_tiny, clone):
     assert names["weights"].shape == (2, 4, 10, 10)
 
 
+@pytest.mark.long
 def test_command_lines_run(clone):
     *_, block = blocks("bash")
     assert len(block.splitlines()) == 5

@@ -58,7 +58,7 @@ def random_config(seed: int) -> ScratchGPTConfig:
 
 
 CONFIGS = {name: ScratchGPTConfig.from_preset(name) for name in PRESETS} | {
-    f"random{seed}": random_config(seed) for seed in range(10)
+    f"random{seed}": random_config(seed) for seed in range(4)
 }
 
 
@@ -84,24 +84,16 @@ def test_parameters_are_those_of_the_model_component_by_component(config):
 
 @pytest.mark.parametrize(
     ("preset", "parameters"),
-    [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+    [
+        ("124M", 124_439_808),
+        ("355M", 354_823_168),
+        ("774M", 774_030_080),
+        ("1558M", 1_557_611_200),
+        ("gpt3", pytest.approx(175e9, rel=0.005)),
+    ],
 )
-def test_gpt2_has_the_published_parameters(preset, parameters):
+def test_parameters_are_those_published(preset, parameters):
     assert count_parameters(ScratchGPTConfig.from_preset(preset)).total == parameters
-
-
-def test_gpt3_is_within_half_a_percent_of_175_billion():
-    total = count_parameters(ScratchGPTConfig.from_preset("gpt3")).total
-    assert total == pytest.approx(175e9, rel=0.005)
-
-
-def test_a_matrix_of_2048_by_2048_has_4194304_parameters():
-    block = ScratchGPTConfig(
-        hidden_size=2048, num_attention_heads=16, num_hidden_layers=1, qkv_bias=False
-    )
-    output_bias = 2048
-    assert count_parameters(block).attention == 4 * 4_194_304 + output_bias
-    assert storage_bytes(4_194_304) == 16 * 2**20
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -137,10 +129,10 @@ KERNEL_FORMULAS = {
 
 
 @pytest.mark.parametrize("fields", [{}, {"qkv_bias": False, "intermediate_size": 201}])
-@pytest.mark.parametrize("length", [256, 1024])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_flops_are_those_that_torch_counts(attention, dropout, length, fields):
+def test_flops_are_those_that_torch_counts(attention, dropout, fields):
+    length = 96
     config = ScratchGPTConfig(
         **{**dict(vocab_size=501, n_embd=64, n_layer=3, n_head=4, drop_rate=dropout), **fields}
     )
@@ -208,7 +200,7 @@ def train(config, batch_size, length, attention="sdpa", checkpointing=False) -> 
 SIZES = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=4, vocab_size=1000)
 
 
-@pytest.mark.parametrize("length", [32, 256])
+@pytest.mark.parametrize("length", [32, 128])
 @pytest.mark.parametrize(
     ("fields", "attention", "checkpointing"),
     [
@@ -226,15 +218,11 @@ SIZES = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=4, vocab_s
     ],
     ids=str,
 )
-def test_memory_of_a_step_is_that_of_the_tensors_alive(
-    fields, attention, checkpointing, length, monkeypatch
-):
-    # As a model trains where nobody watches.
-    monkeypatch.setattr("hf_scratch_gpt.engine.plain.is_in_torch_dispatch_mode", lambda: False)
+def test_memory_of_a_step_is_that_of_the_tensors_alive(fields, attention, checkpointing, length):
     config = ScratchGPTConfig(**{**SIZES, **fields})
     with LiveBytes() as live:
-        train(config, 4, length, attention, checkpointing)
-    predicted = training_memory(config, 4, length, attention, checkpointing)
+        train(config, 2, length, attention, checkpointing)
+    predicted = training_memory(config, 2, length, attention, checkpointing)
     assert predicted.peak == pytest.approx(live.peak, rel=0.03)
 
 
@@ -253,7 +241,8 @@ def print_peak_of_gpt2(batch_size: int, length: int) -> None:
     print(resident("VmHWM") - before)
 
 
-# The update is where most lives, then the loss.
+# In the first the update needs most memory, in the second the loss.
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 @pytest.mark.parametrize(("batch_size", "length"), [(1, 256), (2, 512)])
 def test_memory_to_train_gpt2_is_that_of_a_process(batch_size, length):

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 @app.callback()
 def _commands() -> None:
-    """A GPT written from scratch that transformers takes for one of its own."""
+    """A GPT written from scratch that works with Hugging Face transformers as its own models do."""
 
 
 @app.command()
@@ -79,15 +79,15 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Choose among those of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed writes the same texts.")] = 0,
     samples: Annotated[int, typer.Option(help="How many texts to write.")] = 1,
-    fast: Annotated[bool, typer.Option("--fast", help="Compile first; write faster.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Compile first, to write faster.")] = False,
     weights: Annotated[
         str | None, typer.Option(help="With --fast: keep weights as int8, int4 or fp8.")
     ] = None,
 ) -> None:
-    """Write on from a prompt, as the text comes.
+    """Continue a prompt; the text is shown as it comes.
 
-    A text longer than the model's window goes on: the model reads the last half of the window
-    again, and has forgotten what came before.
+    Where the text fills the model's window, the model reads the last half of the window again, and
+    has forgotten what came before.
     """
     import torch
     from transformers import set_seed
@@ -99,7 +99,7 @@ def generate(
     if samples < 1:
         raise ValueError(f"--samples {samples} is below 1; ask for at least one text")
     if weights is not None and not fast:
-        raise ValueError(f"--weights {weights} goes with --fast; add it")
+        raise ValueError(f"--weights {weights} needs --fast; add it")
     sampling = _sampling(temperature, top_k, top_p)
     text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
     network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
@@ -108,12 +108,13 @@ def generate(
     if fast:
         optimize_for_generation(network, weights)
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    show = partial(console.out, end="", highlight=False)
     for number in range(samples):
         if samples > 1:
             console.rule(f"{number + 1} of {samples}")
         set_seed(seed + number)
-        console.out(text, end="", highlight=False)
-        write(network, tokenizer, text, max_new_tokens, _printer(console), **sampling)
+        show(text)
+        write(network, tokenizer, text, max_new_tokens, show, **sampling)
         console.out("")
 
 
@@ -129,28 +130,17 @@ def _sampling(temperature: float, top_k: int, top_p: float) -> dict[str, object]
     return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
 
 
-def _printer(console: Console) -> Callable[[str], None]:
-    def print_piece(piece: str) -> None:
-        console.out(piece, end="", highlight=False)
-        console.file.flush()
-
-    return print_piece
-
-
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
     sources: Annotated[
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Text, .jsonl or .parquet files, folders, or a Hub data set; behind them any flag "
+            help="Text, .jsonl or .parquet files, folders, or a Hub data set; after them any flag "
             "of transformers' TrainingArguments, such as --learning-rate 1e-3.",
         ),
     ],
-    output_dir: Annotated[
-        Path,
-        typer.Option(help="Folder of the run; goes on if begun."),
-    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder of the run; resumes one begun.")],
     model: Annotated[
         str, typer.Option(help="Preset for fresh weights, or folder or Hub id.")
     ] = "gpt2",
@@ -159,7 +149,7 @@ def train(
     validation: Annotated[str, typer.Option(help="Part to validate on, or other texts.")] = "0.05",
     text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
     sample_prompt: Annotated[
-        str | None, typer.Option(help="Text to write on from now and then.")
+        str | None, typer.Option(help="Text to continue now and then.")
     ] = None,
     sample_steps: Annotated[float, typer.Option(help="How often; below 1, part of all.")] = 0.1,
 ) -> None:
@@ -169,7 +159,7 @@ def train(
     """
     import torch.distributed
 
-    from ..training import run as training
+    from .. import training
     from .progress import TerminalProgress
 
     place = next((i for i, source in enumerate(sources) if source.startswith("-")), len(sources))
@@ -182,7 +172,7 @@ def train(
             model=model,
             tokenizer=tokenizer,
             block_size=block_size,
-            validation=_number(validation),
+            validation=_number_or_text(validation),
             text_field=text_field,
             sample_prompt=sample_prompt,
             sample_steps=sample_steps,
@@ -197,7 +187,7 @@ def train(
         console.print(_end_of(result))
 
 
-def _number(text: str) -> float | str:
+def _number_or_text(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
@@ -218,15 +208,15 @@ def _end_of(result: "TrainingResult") -> str:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for all that it makes.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
     weights: Annotated[
         str | None,
-        typer.Option(help="Convert this GPT-2, and write with it, in place of a training."),
+        typer.Option(help="Convert this GPT-2 and write with it; train nothing."),
     ] = None,
 ) -> None:
     """Train a small GPT on Python's own manual in two minutes, and let it write.
 
-    It needs no network. The model is saved, and loaded again to write.
+    No network is needed. The model is saved, and loaded again to write.
     """
     from .demo import run_demo, run_weights
 
@@ -238,14 +228,10 @@ def demo(
 
 
 def main() -> None:
-    """Run the command line; a user's error is one line and exit code 2."""
+    """Run the command line; an error of the user is one line and exit code 2."""
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
         line = " ".join(str(error).split())
         Console(stderr=True, markup=False, highlight=False).print(f"error: {line}", soft_wrap=True)
         raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,13 @@
 """A GPT from nothing in two minutes: a vocabulary, a training, a text, without a network.
 
-The text is the English manual that comes with Python (`pydoc_data.topics`), what `help("for")`
-prints.
+The text is the English manual that comes with Python (`pydoc_data.topics`), from which
+`help("for")` prints.
 """
 
 import json
 import random
-import subprocess
-import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from ..checkpoints.convert import convert, open_source
+from ..files import destination
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import END_OF_TEXT
@@ -27,7 +29,7 @@ from ..writing import write
 from .progress import TerminalProgress
 
 VOCABULARY = 1024
-# About 0.5M parameters: what two cores train well in less than a minute.
+# About 0.5M parameters, which two cores train in less than a minute.
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=128,
@@ -35,7 +37,7 @@ SIZES: dict[str, Any] = dict(
     num_attention_heads=4,
     max_position_embeddings=128,
     drop_rate=0.0,
-    initializer_range=0.06,  # GPT-2's 0.02 is for wide models; narrow ones learn slowly from it
+    initializer_range=0.06,  # GPT-2's 0.02 is for wide models; narrow ones learn slowly with it
 )
 TRAINING: dict[str, Any] = dict(
     per_device_train_batch_size=8,
@@ -72,7 +74,7 @@ def run_demo(folder: Path, console: Console) -> None:
     training, validation = Blocks(tokens, SIZES["max_position_embeddings"]).split(VALIDATION)
     pairs = bigram_loss(rows_of(training), rows_of(validation), VOCABULARY)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices so small gain little by more, and lose on a busy machine
+    torch.set_num_threads(1)  # for matrices as small as these, more gain little
     try:
         result = train(
             manual,
@@ -103,50 +105,34 @@ def run_weights(source: str, folder: Path, console: Console) -> None:
     """Convert the GPT-2 `source` into `folder` and let it write.
 
     Raises:
-        ValueError: this is no clone of the repository, or the conversion failed.
+        ValueError: the conversion failed.
     """
-    root = Path(__file__).parent.parent
-    if not (root / "conversion" / "convert_gpt2.py").is_file():
-        raise ValueError(
-            "weights are converted by scripts that are in a clone of the repository alone; run "
-            "this from one, or load a GPT-2 in transformers' format with "
-            "ScratchGPTForCausalLM.from_pretrained"
-        )
-    place = str(Path(source).resolve()) if Path(source).exists() else source
-    command = [sys.executable, "-m", "conversion.convert_gpt2", place, str(folder.resolve())]
-    done = subprocess.run([*command, "--overwrite"], cwd=root, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise ValueError(f"{source} was not converted: {lines[-1].removeprefix('error: ')}")
+    options = Namespace(source=source, format=None, tokenizer=None, num_heads=None, preset=None)
+    try:
+        out = destination(folder, overwrite=True, sources=[source])
+        console.print("\n".join(convert(open_source(options), out)), soft_wrap=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} was not converted: {error}") from error
     show_writing(folder, "Hello, my name is", console)
 
 
 def show_writing(folder: Path, prompt: str, console: Console) -> None:
     """Load the model in `folder` as any program would, let it write, say how to use it."""
     set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    writer = pipeline(
-        "text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        loader.from_pretrained(folder) for loader in (AutoModelForCausalLM, AutoTokenizer)
     )
+    show = partial(console.out, end="", highlight=False)
     console.rule("It writes")
-    console.out(prompt, end="", highlight=False)
-    write(
-        writer.model,
-        writer.tokenizer,
-        prompt,
-        120,
-        lambda text: console.out(text, end="", highlight=False),
-        do_sample=True,
-        temperature=0.8,
-        top_k=40,
-    )
+    show(prompt)
+    write(model, tokenizer, prompt, 120, show, do_sample=True, temperature=0.8, top_k=40)
     console.out("")
     console.rule(f"It is in {folder}; use it from anywhere")
     console.out(_CODE.format(folder=str(folder), prompt=prompt), highlight=False)
 
 
 def write_manual(path: Path) -> None:
-    """Write Python's manual to `path` as JSON lines, a topic a line, in an order of chance."""
+    """Write Python's manual to `path` as JSON lines, one topic a line, in random order."""
     texts = [text for _, text in sorted(topics.items())]
     # The last ones are for validation, and neighbours in the alphabet are often alike.
     random.Random(0).shuffle(texts)
@@ -175,12 +161,11 @@ def rows_of(blocks: Blocks) -> np.ndarray:
 
 
 def bigram_loss(training: np.ndarray, validation: np.ndarray, vocabulary: int) -> float:
-    """What the best bigram model of `training` loses on `validation`, in nats per token.
+    """The loss on `validation` of the best bigram model of `training`, in nats per token.
 
-    It knows how often each token follows each other one, and leans on how frequent a token is
-    where pairs are rare: p(b|a) = (n(ab) + m p(b)) / (n(a) + m), the hierarchical Dirichlet model
-    of MacKay & Peto 1995. The weight m is the one of eight that is best on `validation`, which
-    flatters it.
+    p(b|a) = (n(ab) + m p(b)) / (n(a) + m), the hierarchical Dirichlet model of MacKay & Peto 1995:
+    it counts how often b follows a, and relies on the frequency of b where a is rare. Of eight
+    weights m it takes the one that is best on `validation`, which favours it.
 
     Args:
         training, validation: token ids, (N, T) and (M, T); as in the GPT, the first of each row is

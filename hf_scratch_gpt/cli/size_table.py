@@ -44,13 +44,13 @@ def find_config(name: str) -> ScratchGPTConfig:
     try:
         return ScratchGPTConfig.from_preset(name)
     except ValueError as error:
-        # A name without an owner is not looked for on the Hub: it is a preset mistyped.
+        # A name without an owner is a preset mistyped, and is not looked for on the Hub.
         if not folder.is_dir() and "/" not in name:
-            raise ValueError(f"{error} Nor is there such a folder") from None
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
+            raise ValueError(f"{error} There is no such folder either") from None
     if not folder.is_dir() and name.startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {name}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
     source: str | Path = folder if folder.is_dir() else name
     try:
         fields, _ = PretrainedConfig.get_config_dict(source)
@@ -58,7 +58,7 @@ def find_config(name: str) -> ScratchGPTConfig:
         if isinstance(source, Path):
             raise
         raise ValueError(
-            f"there is no folder {name}, and no such model to be had from the Hugging Face Hub"
+            f"there is no folder {name}, and no such model was found on the Hugging Face Hub"
         ) from error
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind not in (ScratchGPTConfig.model_type, "gpt2"):
@@ -78,7 +78,7 @@ def summarize(
     tokens: float | None = None,
     flops_per_second: float | None = None,
 ) -> Summary:
-    """What `sizing` says of a configuration, part by part, in plain numbers.
+    """What `sizing` computes for a configuration, part by part, in plain numbers.
 
     Args:
         batch_size: texts in a step of training.
@@ -92,42 +92,33 @@ def summarize(
     positions = config.max_position_embeddings
     memory = sizing.training_memory(config, batch_size, length)
     checkpointed = sizing.training_memory(config, batch_size, length, checkpointing=True)
-    flops = {
-        "forward": sizing.forward_flops_per_token(config, length),
-        "training": sizing.training_flops_per_token(config, length),
-        "training_by_6N": sizing.rule_of_thumb_flops_per_token(config),
-    }
+    training = sizing.training_flops_per_token(config, length)
+    by_6n = sizing.rule_of_thumb_flops_per_token(config)
+    totals = {"total": counts.total, "total_if_tied": counts.tied_total}
+    floats = ("float32", "bfloat16")
     summary: Summary = {
-        "parameters": {
-            **vars(counts),
-            "total": counts.total,
-            "total_if_tied": counts.tied_total,
-            "total_if_untied": counts.untied_total,
-        },
+        "parameters": {**vars(counts), **totals, "total_if_untied": counts.untied_total},
         "storage_bytes": {
-            dtype: sizing.storage_bytes(counts.total, dtype)
-            for dtype in ("float32", "bfloat16", "int8")
+            dtype: sizing.storage_bytes(counts.total, dtype) for dtype in (*floats, "int8")
         },
         "kv_cache_bytes_per_token": {
-            dtype: sizing.kv_cache_bytes(config, 1, dtype) for dtype in ("float32", "bfloat16")
+            dtype: sizing.kv_cache_bytes(config, 1, dtype) for dtype in floats
         },
         "kv_cache_bytes_full_context": {
-            dtype: sizing.kv_cache_bytes(config, positions, dtype)
-            for dtype in ("float32", "bfloat16")
+            dtype: sizing.kv_cache_bytes(config, positions, dtype) for dtype in floats
         },
-        "flops_per_token": dict(flops),
+        "flops_per_token": {
+            "forward": sizing.forward_flops_per_token(config, length),
+            "training": training,
+            "training_by_6N": by_6n,
+        },
         "training_step": {"texts": batch_size, "tokens_of_a_text": length or positions},
-        "training_memory_bytes": {
-            **vars(memory),
-            "peak_if_checkpointed": checkpointed.peak,
-        },
+        "training_memory_bytes": {**vars(memory), "peak_if_checkpointed": checkpointed.peak},
     }
     if tokens is not None and flops_per_second is not None:
         summary["training_seconds"] = {
-            "by_training_flops": sizing.training_seconds(
-                flops["training"], tokens, flops_per_second
-            ),
-            "by_6N": sizing.training_seconds(flops["training_by_6N"], tokens, flops_per_second),
+            name: sizing.training_seconds(flops, tokens, flops_per_second)
+            for name, flops in (("by_training_flops", training), ("by_6N", by_6n))
         }
     return summary
 
@@ -149,7 +140,7 @@ def show(console: Console, summaries: dict[str, Summary]) -> None:
 
 
 def _table(rows: list[Row], shown: dict[int, str]) -> Table:
-    """A table of the summaries of which `shown` gives place and name."""
+    """A table of some summaries; `shown` maps their places in `rows` to their names."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column()
     table.add_column()

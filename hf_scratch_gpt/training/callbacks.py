@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -24,10 +23,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from ..files import new_file
-from .run_folder import CURVE, checkpoints
+from .run_folder import CURVE
 
 logger = logging.get_logger(__name__)
 
@@ -42,8 +42,8 @@ def losses_of_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def loss_and_perplexity(evaluated: EvalPrediction) -> dict[str, float]:
     """The mean of all rows' losses and its exponential.
 
-    By rows it is the same for any size of the batches and any number of processes; the Trainer's
-    own mean of batches, which this replaces, counts rows twice that fill up the last batch.
+    A mean over rows is the same for any batch size and any number of processes. The Trainer's own,
+    which this replaces, counts the rows twice that fill up the last batch.
     """
     loss = float(np.mean(evaluated.predictions, dtype=np.float64))
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -60,16 +60,19 @@ def draw_loss(history: list[dict[str, float]], path: str | os.PathLike[str]) -> 
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-    styles = {"loss": dict(color="tab:blue"), "eval_loss": dict(color="tab:orange", marker="o")}
-    for (key, style), name in zip(styles.items(), ("training", "validation"), strict=True):
+    for key, name, color, marker in (
+        ("loss", "training", "tab:blue", ""),
+        ("eval_loss", "validation", "tab:orange", "o"),
+    ):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             label = f"{name}, {points[-1][1]:.3f} at step {points[-1][0]:.0f}"
-            axes.plot(*zip(*points, strict=True), label=label, markersize=4, **style)  # type: ignore[arg-type]  # a mix
+            axes.plot(
+                *zip(*points, strict=True), color=color, marker=marker, markersize=4, label=label
+            )
             axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    # Whoever looks at it meanwhile sees the old picture or the new one.
     with new_file(Path(path)) as unfinished:
         figure.savefig(unfinished, format="png")
 
@@ -87,12 +90,9 @@ class LossCurve(TrainerCallback):
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Keeps the last checkpoints and the best, and deletes the others.
+    """Keeps the last `count` checkpoints and the best, and deletes the others.
 
-    The Trainer would do it too, but goes by the folders' times, and complains of a short run's.
-
-    Args:
-        count: how many to keep.
+    The Trainer orders them by their folders' times, and warns when those of a short run are close.
     """
 
     def __init__(self, count: int) -> None:
@@ -102,23 +102,20 @@ class KeepCheckpoints(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.should_save:
-            older = checkpoints(Path(args.output_dir), before=state.global_step)
-            for path in older[self.count - 1 :]:
-                if str(path) != state.best_model_checkpoint:
-                    shutil.rmtree(path, ignore_errors=True)
+            rotate_checkpoints(args.output_dir, self.count, state.best_model_checkpoint)
 
 
 class SampleText(TrainerCallback):
-    """Lets the model write on from a prompt every so many steps, and after the last.
+    """Lets the model continue a prompt every so many steps, and after the last.
 
-    The random numbers are its own, the same each time: training goes as it would without it. Where
-    the weights are split over processes, all of them write, and the first reports.
+    It has random numbers of its own, the same each time, so training goes as without it. Where the
+    weights are split over processes, all of them write, and the first reports.
 
     Args:
         tokenizer: of the model.
-        prompt: what to write on from; may be empty.
+        prompt: the text to continue; may be empty.
         steps: after how many steps of training to write.
-        report: is called with the step and the text, prompt included.
+        report: is called with the step and the text, prompt included; if not given, it is logged.
         length: how many tokens to write.
     """
 
@@ -127,14 +124,11 @@ class SampleText(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase,
         prompt: str,
         steps: int,
-        report: Callable[[int, str], None],
+        report: Callable[[int, str], None] | None,
         length: int = 64,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.prompt = prompt
-        self.steps = steps
-        self.report = report
-        self.length = length
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.steps, self.report, self.length = steps, report, length
 
     def on_step_end(
         self,
@@ -146,20 +140,23 @@ class SampleText(TrainerCallback):
     ) -> None:
         if state.global_step % self.steps and state.global_step < state.max_steps:
             return
-        # Its parts are gathered by the outermost wrapper, which does not generate.
+        # The first FSDP gathers the parts in its outermost wrapper, which cannot generate.
         if isinstance(model, FullyShardedDataParallel):
             return
         is_split = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         if state.is_world_process_zero or is_split:
             text = self.write(model, args.device, args.seed)
             if state.is_world_process_zero:
-                self.report(state.global_step, text)
+                if self.report is not None:
+                    self.report(state.global_step, text)
+                else:
+                    logger.info(f"Sample after {state.global_step} steps: {text}")
 
     def write(self, model: Any, device: torch.device, seed: int) -> str:
-        """What `model` makes of the prompt."""
+        """The prompt and what `model` makes of it."""
         ids = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
         limit = model.config.max_position_embeddings
-        # A prompt that would leave little room has its first tokens left out.
+        # A prompt that would leave little room loses its first tokens.
         ids = (ids or [self.tokenizer.eos_token_id])[-max(1, limit // 2) :]
         inputs = torch.tensor([ids], device=device)
         was_training = model.training
@@ -183,24 +180,22 @@ class SampleText(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Ends training with a checkpoint on Ctrl-C (SIGINT) or SIGTERM.
 
-    As a context, it catches the signals. The step or evaluation that runs is finished first;
-    another Ctrl-C ends everything at once. Of several processes, all stop at the same step. Outside
-    the main thread, which Python gives all signals to, it does nothing.
+    As a context manager, it catches the signals. The step or evaluation that is running is finished
+    first; a second Ctrl-C ends everything at once. Of several processes, all stop at the same step.
+    Outside the main thread, the only one that gets signals, it does nothing.
 
     Args:
-        announce: say that the signal has come.
+        announce: log that the signal has come.
     """
 
     def __init__(self, announce: bool = True) -> None:
         self.announce = announce
-        self.caught = False
-        self.stopped = False
+        self.caught = self.stopped = False
         self._earlier: dict[signal.Signals, Any] = {}
-        self._process = 0
+        self._process = os.getpid()
 
     def __enter__(self) -> "StopOnSignal":
         if threading.current_thread() is threading.main_thread():
-            self._process = os.getpid()
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._earlier[number] = signal.signal(number, self._catch)
         return self
@@ -216,7 +211,7 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             return
-        # Only Ctrl-C counts twice: torchrun passes one on, and sends SIGTERM by itself besides.
+        # Only Ctrl-C counts twice: torchrun passes it on, and then sends SIGTERM as well.
         if self.caught and number == signal.SIGINT:
             self.__exit__()
             signal.raise_signal(number)
@@ -243,6 +238,6 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # In the middle of an epoch, what is due at its end is not due.
+        # Stopped in the middle of an epoch, what is due at its end is not yet due.
         if self.stopped and state.epoch % 1:
             control.should_evaluate = control.should_save = False

@@ -1,14 +1,16 @@
 """Texts -> one stream of token ids in a file, computed once -> blocks that a model is trained on.
 
-Documents follow one another in the stream, each with the end-of-text token behind it, and a block
-is the next so many tokens: there is no padding, and a document may run on from block to block.
+Documents follow one another in the stream, each with the end-of-text token after it, and blocks are
+equal parts of it: there is no padding, and a document may go on from block to block.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +18,19 @@ import numpy as np
 import torch
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..files import new_file
-from .texts import Piece, Sources, documents, find, read, size_of
-
-__all__ = [
-    "Blocks",
-    "TokenFile",
-    "WholeBatches",
-    "documents",
-    "fingerprint",
-    "tokenize",
-    "vocabulary_size",
-]
+from .texts import Piece, Sources, find, read, size_of
 
 # How many characters a core gets at a time: enough that none waits long for the others at the end.
-# At about ten bytes of lists for each, more cores share what 16 get.
+# A character takes about ten bytes of lists, so the text for more than 16 cores is that for 16.
 CHARACTERS_PER_CORE = 4 << 20
 _MOST_CORES = 16
 
-# Part of the name of a cached stream: another number where the same texts give other tokens.
+# Part of the name of a cached stream; to be raised when the same texts give other tokens.
 _FORMAT = 1
 
 
@@ -66,18 +58,18 @@ class TokenFile:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of ids a model needs for `tokenizer`: its highest id and one."""
+    """The number of ids a model needs for `tokenizer`: its highest id plus one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides which ids `tokenizer` gives: vocabulary, merges, added tokens."""
+    """A hash of what decides which ids `tokenizer` gives: vocabulary, merges, added tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         described: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
     else:
         described = json.loads(backend.to_str())
-        # Every call sets these two, and they are not used here.
+        # Every call of the tokenizer sets these two, and they are not used here.
         described.pop("truncation", None)
         described.pop("padding", None)
     described["end"] = tokenizer.eos_token_id
@@ -92,18 +84,20 @@ def tokenize(
 ) -> TokenFile:
     """Encode the texts of `sources`, or find the ids of an earlier time.
 
-    They are kept in a file that is named by a hash of the tokenizer and the files' places, sizes
-    and times of change. Of several processes that ask for the same ids, one computes them while
-    the others wait. The tokenizer gets a batch of long pieces at a time, which fast tokenizers
-    encode in threads.
+    They are kept in a file whose name is a hash of the tokenizer and of the files' paths, sizes and
+    times of change. Of several processes that ask for the same ids, one computes them while the
+    others wait. The tokenizer gets a batch of long pieces at a time, which fast tokenizers encode
+    in threads.
 
     Args:
-        sources, text_field: as for `documents`.
+        sources: as for `texts.find`.
+        text_field: name of the field or column with the text.
         tokenizer: must have an end-of-text token (`eos_token`).
         cache_dir: where to keep the ids; `hf_scratch_gpt` in Hugging Face's own cache if not given.
 
     Raises:
-        ValueError: as `documents`, or the tokenizer has no end-of-text token.
+        ValueError: a source is missing or bad, or the tokenizer has no end-of-text token.
+        ImportError: a source needs a package that is not installed.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -130,7 +124,7 @@ def _cache_key(found: list[Any], tokenizer: PreTrainedTokenizerBase, field: str)
 
 
 def _cached(path: Path) -> TokenFile | None:
-    """The stream in `path`, if a whole one is there."""
+    """The stream in `path`, if it is there and complete."""
     try:
         described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         file = TokenFile(path, **described)
@@ -143,7 +137,7 @@ def _cached(path: Path) -> TokenFile | None:
 def _encode_to(
     path: Path, found: list[Any], tokenizer: PreTrainedTokenizerBase, field: str
 ) -> TokenFile:
-    """Write the stream to `path`; whatever happens, there is a whole one or none."""
+    """Write the stream to `path`; whatever happens, it is there completely or not at all."""
     dtype = "uint16" if vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
     digest, tokens, ends = hashlib.sha256(), 0, 0
     with new_file(path) as unfinished:
@@ -174,14 +168,13 @@ def _batches(found: list[Any], field: str) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     characters = 0
     with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Tokenizing") as progress:
-        for source in found:
-            for piece in read(source, field):
-                batch.append(piece)
-                characters += len(piece.text)
-                if characters >= limit:
-                    yield batch
-                    progress.update(sum(done.size for done in batch))
-                    batch, characters = [], 0
+        for piece in chain.from_iterable(read(source, field) for source in found):
+            batch.append(piece)
+            characters += len(piece.text)
+            if characters >= limit:
+                yield batch
+                progress.update(sum(done.size for done in batch))
+                batch, characters = [], 0
         if batch:
             yield batch
             progress.update(sum(done.size for done in batch))
@@ -190,16 +183,16 @@ def _batches(found: list[Any], field: str) -> Iterator[list[Piece]]:
 class Blocks(Dataset):
     """Equal parts of a stream of tokens, as a model is trained on them.
 
-    Item i is `input_ids` and `labels`, both (`block_size`,) of int64 and the same: the model shifts
-    the labels. What is left at the end and fills no block is dropped.
+    Item i is `input_ids` and `labels`, both (`block_size`,) of int64 and equal: the model shifts
+    the labels. Tokens at the end that do not fill a block are dropped.
 
     Args:
         file: the stream.
         block_size: tokens in a block.
-        start, stop: the first block and the one behind the last; all of them if not given.
+        start, stop: the first block and the one after the last; all of them if not given.
 
     Raises:
-        ValueError: there is no block.
+        ValueError: the stream is shorter than a block.
     """
 
     def __init__(
@@ -225,7 +218,7 @@ class Blocks(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         first = (self.start + index) * self.block_size * np.dtype(self.file.dtype).itemsize
-        # Not through a map of the file, which would be copied, whole, to a data loader's processes.
+        # A memory map would be copied, with all its ids, to a data loader's processes.
         block = np.fromfile(self.file.path, self.file.dtype, self.block_size, offset=first)
         ids = torch.from_numpy(block.astype(np.int64))
         return {"input_ids": ids, "labels": ids.clone()}
@@ -234,10 +227,12 @@ class Blocks(Dataset):
         """Take the last `fraction` of the blocks, at least one, for validation.
 
         Raises:
-            ValueError: `fraction` is no part, or nothing would be left to train on.
+            ValueError: `fraction` is not between 0 and 1, or nothing would be left to train on.
         """
         if not 0 < fraction < 1:
-            raise ValueError(f"{fraction} is no part of the blocks; give a number from 0 to 1")
+            raise ValueError(
+                f"validation={fraction} is not a part of the blocks; give a number from 0 to 1"
+            )
         count = max(1, round(fraction * len(self)))
         if count >= len(self):
             raise ValueError(
@@ -252,24 +247,10 @@ class Blocks(Dataset):
         )
 
 
-class WholeBatches(Dataset):
-    """Blocks, the first of them repeated behind the last until they fill a batch.
+def whole_batches(blocks: Blocks, batch_size: int) -> Dataset:
+    """Blocks, the first of them repeated at the end until they fill the last batch.
 
     All steps are then of one size, and the same for any number of processes that share a batch.
-
-    Args:
-        blocks: the blocks.
-        batch_size: how many make a batch.
     """
-
-    def __init__(self, blocks: Blocks, batch_size: int) -> None:
-        self.blocks = blocks
-        self.count = -(-len(blocks) // batch_size) * batch_size
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self.count:
-            raise IndexError(f"block {index} of {self.count}")
-        return self.blocks[index % len(self.blocks)]
+    count = math.ceil(len(blocks) / batch_size) * batch_size
+    return Subset(blocks, np.arange(count) % len(blocks))  # type: ignore[arg-type]  # ints, in less memory than a list

@@ -1,11 +1,12 @@
 """Train a GPT: texts -> packed blocks -> transformers' `Trainer`.
 
-The same call runs alone, and in each of several processes under `torchrun` or `accelerate launch`.
+The same call runs in one process, and in each of several under `torchrun` or `accelerate launch`.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,8 @@ from .callbacks import (
     loss_and_perplexity,
     losses_of_rows,
 )
-from .corpus import Blocks, WholeBatches, tokenize
+from .corpus import Blocks, tokenize, whole_batches
 from .setup import (
-    DEFAULTS,
-    FRESH_LEARNING_RATE,
     Model,
     Tokenizer,
     check_block_size,
@@ -50,11 +49,10 @@ from .setup import (
     load_start,
     load_tokenizer,
     make_arguments,
-    parse_flags,
+    on_first_process,
+    resolve_steps,
 )
 from .texts import Sources
-
-__all__ = ["DEFAULTS", "FRESH_LEARNING_RATE", "TrainingResult", "parse_flags", "train"]
 
 logger = logging.get_logger(__name__)
 
@@ -64,12 +62,12 @@ class TrainingResult:
     """How a training went.
 
     Args:
-        folder: where the model is; after an interruption there are checkpoints alone.
+        folder: where the model is; after an interruption it holds checkpoints only.
         steps: steps taken, those of earlier starts included.
         history: what was logged, in order: `loss`, `eval_loss` (nats per token), `eval_perplexity`,
             `learning_rate`, `grad_norm` and more, each with its `step`.
         interrupted: whether a signal ended it before its last step.
-        went_on_from: the step of the checkpoint that this start went on from; 0 if it began anew,
+        went_on_from: the step of the checkpoint that this start resumed from; 0 if it began anew,
             `steps` if the run was finished already.
     """
 
@@ -104,12 +102,13 @@ def train(
 ) -> TrainingResult:
     """Train a language model on texts and save it, with its tokenizer, in `output_dir`.
 
-    Started again with the same arguments, it goes on from the last checkpoint, with the losses of a
-    run without a break; a finished run is left as it is. Ctrl-C or SIGTERM ends it with a
-    checkpoint. The folder also gets `loss.png` and, where tensorboard is installed, `runs`.
+    Started again with the same arguments, it goes on from the last checkpoint, with the losses of
+    an uninterrupted run; a finished run is left as it is. Ctrl-C or SIGTERM ends it with a
+    checkpoint. The folder also gets `loss.png` and, where tensorboard is installed, `runs`. On a
+    CPU it trains with the engine's faster parts, which are not saved.
 
     Args:
-        sources: texts to train on, see `documents`.
+        sources: texts to train on: files, folders or data sets, see `texts.find`.
         output_dir: a folder that is new or empty, or that of the same run.
         model: for fresh weights, the name of a preset or a configuration; else the folder or hub id
             of a saved model, or a model. A preset takes its special tokens from the tokenizer, and
@@ -117,16 +116,16 @@ def train(
         overrides: fields of the configuration that differ from the preset's.
         tokenizer: a folder, hub id or tokenizer; that of the saved model if not given.
         block_size: tokens in a training example; as many as the model has positions if not given.
-        validation: which part of the blocks, the last ones, to validate on; or texts of their own;
-            or None.
+        validation: which part of the blocks, taken from the end, to validate on; or other texts; or
+            None.
         text_field: field or column of the text in JSON lines, Parquet and data sets.
         cache_dir: where token ids are kept, see `tokenize`.
-        sample_prompt: text that the model writes on from, every `sample_steps` steps (below 1: that
+        sample_prompt: a text that the model continues every `sample_steps` steps (below 1: that
             part of all steps).
         on_sample: is called with the step and the sample; if not given, it is logged.
-        progress: shows how training goes, in place of the Trainer's bar and of others beside it.
+        progress: shows how training goes, in place of the progress bars of others.
         callbacks: more callbacks for the Trainer.
-        training_arguments: those of `TrainingArguments`, over `DEFAULTS`.
+        training_arguments: those of `TrainingArguments`, over `setup.DEFAULTS`.
 
     Raises:
         ValueError: the sources, the sizes or the folder do not fit.
@@ -138,61 +137,46 @@ def train(
     start = load_start(model, encoder, overrides)
     size = check_block_size(block_size, config_of(start))
     arguments = make_arguments(folder, start, bool(validation), training_arguments)
-    _on_first_process(arguments, lambda: runs.read_record(folder) and None)
+    on_first_process(arguments, lambda: runs.read_record(folder) and None)
 
     def blocks_of(texts: Sources) -> Blocks:
         return Blocks(tokenize(texts, encoder, text_field, cache_dir), size)
 
     blocks, held_out = blocks_of(sources), None
     if isinstance(validation, float | int):
-        blocks, held_out = blocks.split(validation) if validation else (blocks, None)
+        if validation:
+            blocks, held_out = blocks.split(validation)
     elif validation is not None:
         held_out = blocks_of(validation)
 
     run = runs.describe(start, encoder, arguments, blocks, held_out)
-    state, checkpoint = _on_first_process(arguments, lambda: _enter(folder, run, arguments))
+    state, checkpoint = on_first_process(arguments, lambda: _enter(folder, run, arguments))
     if state is not None:
         steps = state.global_step
         return TrainingResult(folder, steps, state.log_history, False, went_on_from=steps)
     arguments.disable_tqdm |= progress is not None
     trainer = _make_trainer(start, encoder, arguments, blocks, held_out, callbacks)
-    total = _resolve_steps(trainer)
+    total = resolve_steps(trainer)
     if sample_prompt is not None:
         every = max(1, math.ceil(sample_steps * (total if sample_steps < 1 else 1)))
-        trainer.add_callback(SampleText(encoder, sample_prompt, every, on_sample or _log_sample))
-    if progress is None:
+        trainer.add_callback(SampleText(encoder, sample_prompt, every, on_sample))
+    if progress is not None:
+        trainer.remove_callback(PrinterCallback)  # which prints where bars are disabled
+        trainer.add_callback(progress)
+    with nullcontext() if progress is None else without_progress_bars():
         return _run(trainer, checkpoint)
-    trainer.remove_callback(PrinterCallback)  # which stands in for the bar
-    trainer.add_callback(progress)
-    with without_progress_bars():
-        return _run(trainer, checkpoint)
-
-
-def _on_first_process(arguments: TrainingArguments, work: Callable[[], Any]) -> Any:
-    """What `work` gives in the first process, or its ValueError, in all of them."""
-    from accelerate.utils import (  # type: ignore[import-untyped]  # it has no stubs
-        broadcast_object_list,
-    )
-
-    outcome: list[Any] = [None, None]
-    if arguments.process_index == 0:
-        try:
-            outcome[0] = work()
-        except ValueError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]
 
 
 def _enter(
     folder: Path, run: dict[str, Any], arguments: TrainingArguments
 ) -> tuple[TrainerState | None, Path | None]:
-    """Make `folder` that of `run`; its state if it is finished, else the checkpoint to go on from.
+    """Make `folder` that of `run`.
+
+    Returns:
+        The state of a finished run, or the checkpoint to go on from.
 
     Raises:
-        ValueError: it holds another run.
+        ValueError: the folder holds another run.
     """
     runs.enter(folder, run)
     state, checkpoint = runs.read_state(folder), runs.last_checkpoint(folder)
@@ -200,10 +184,10 @@ def _enter(
         return state, None
     reached = None if checkpoint is None else runs.read_state(checkpoint)
     if checkpoint is not None and reached is not None and reached.global_step >= reached.max_steps:
-        # It was killed between its last step and the end, and a Trainer would take a step too many.
+        # It was killed between its last step and the end; a Trainer would take one more step.
         if any(checkpoint.glob("*.safetensors")):
             return _finish(folder, checkpoint, reached, arguments), None
-        # Each process's part of the weights is there alone.
+        # Weights of FSDP, one part for each process.
         checkpoint = runs.last_checkpoint(folder, before=reached.global_step)
     runs.discard_after(checkpoint, folder)
     return None, checkpoint
@@ -212,7 +196,7 @@ def _enter(
 def _finish(
     folder: Path, checkpoint: Path, reached: TrainerState, arguments: TrainingArguments
 ) -> TrainerState:
-    """Do with the last checkpoint what is done at the end of training."""
+    """Do what is done at the end of training, with the last checkpoint."""
     best = reached.best_model_checkpoint if arguments.load_best_model_at_end else None
     place = best or str(checkpoint)
     model, tokenizer = load_model(place), load_tokenizer(None, place)
@@ -234,13 +218,13 @@ def _make_trainer(
 ) -> Trainer:
     set_seed(arguments.seed)
     model = start if isinstance(start, PreTrainedModel) else ScratchGPTForCausalLM(start)
-    # A checkpoint holds tied weights once, and the Trainer that loads one would miss the others.
+    # A checkpoint holds tied weights once; the Trainer would warn that the others are missing.
     model._keys_to_ignore_on_save |= model.all_tied_weights_keys.keys()
     kept, arguments.save_total_limit = arguments.save_total_limit, None
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=WholeBatches(blocks, runs.batch_size(arguments)),
+        train_dataset=whole_batches(blocks, runs.batch_size(arguments)),
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=default_data_collator,
@@ -249,26 +233,25 @@ def _make_trainer(
         callbacks=[LossCurve(), *([KeepCheckpoints(kept)] if kept else []), *callbacks],
     )
     if arguments.fsdp and not trainer.is_fsdp_enabled:
-        logger.warning("fsdp shards on accelerators alone; here each process keeps all weights")
+        logger.warning("fsdp shards only on accelerators; here each process keeps all weights")
     return trainer
 
 
-def _resolve_steps(trainer: Trainer) -> int:
-    """Turn parts of the whole training into numbers of steps; return how many it has.
+@contextmanager
+def _engine(trainer: Trainer) -> Iterator[None]:
+    """Train by the engine's faster parts, which are for one process's whole weights on a CPU."""
+    from ..engine.swap import optimize_for_training, restore
 
-    The Trainer would do it too, and complain of its own numbers when it goes on from a checkpoint.
-    """
-    arguments = trainer.args
-    *_, total = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
-    for name in ("logging_steps", "eval_steps", "save_steps"):
-        steps = getattr(arguments, name)
-        if steps is not None and 0 < steps < 1:
-            setattr(arguments, name, math.ceil(steps * total))
-    return total
-
-
-def _log_sample(step: int, text: str) -> None:
-    logger.info(f"Sample after {step} steps: {text}")
+    model, arguments = trainer.model, trainer.args
+    on_cpu = arguments.device.type == "cpu" and not trainer.is_fsdp_enabled
+    if not on_cpu or arguments.torch_compile or not isinstance(model, ScratchGPTForCausalLM):
+        yield
+        return
+    optimize_for_training(model)
+    try:
+        yield
+    finally:
+        restore(model)
 
 
 def _run(trainer: Trainer, checkpoint: Path | None) -> TrainingResult:
@@ -276,7 +259,8 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> TrainingResult:
     folder, model_class = Path(trainer.args.output_dir), type(trainer.model)
     with StopOnSignal(announce=trainer.is_world_process_zero()) as stop:
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _engine(trainer):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         state = trainer.state
         interrupted = stop.stopped and state.global_step < state.max_steps
         if not interrupted:
@@ -291,8 +275,8 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> TrainingResult:
 def _save(trainer: Trainer, model_class: type[PreTrainedModel]) -> None:
     """Save model and tokenizer, as `Trainer.save_model` does where weights are not sharded.
 
-    FSDP makes the model's class another, whose code would be saved; and where checkpoints hold each
-    process's part, that method saves nothing.
+    FSDP changes the model's class, so that method would save the code of another; and where
+    checkpoints hold a part for each process, it saves nothing.
     """
     if not trainer.is_fsdp_enabled:
         trainer.save_model()

@@ -30,31 +30,14 @@ _UNFINISHED = f"{RECORD}.unfinished"
 # How many differences a message names.
 _MOST_NAMED = 5
 
-# The arguments of a training that decide its loss curve; the size of the batch is recorded apart,
-# as it is made up of several.
+# The arguments that decide the loss curve, apart from the batch size, to which several contribute.
 _ARGUMENTS = (
-    "seed",
-    "data_seed",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "bf16",
-    "fp16",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-)
+    "seed", "data_seed", "max_steps", "num_train_epochs",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16",
+    "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
 
 
 def batch_size(arguments: TrainingArguments) -> int:
@@ -79,7 +62,7 @@ def describe(
     """
     is_model = isinstance(start, PreTrainedModel)
     config = start.config if is_model else start
-    # Of its own class alone: transformers adds fields to its base from version to version.
+    # Only the fields of its own class, as transformers adds some to the base class now and then.
     names = type(config).__annotations__.keys() - PretrainedConfig.__annotations__.keys()
     given = arguments.to_dict()
     run = {
@@ -109,10 +92,10 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of the run in `folder`; None if it is new.
+    """The record of the run in `folder`; None if the folder is new.
 
     Raises:
-        ValueError: there are files, but of no run.
+        ValueError: there are files, but they are not those of a run.
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -124,15 +107,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         pass
     raise ValueError(
-        f"{folder} holds files, but no run ({RECORD}); choose another folder or empty it"
+        f"{folder} holds files, but not a run ({RECORD}); choose another folder or empty it"
     )
 
 
 def enter(folder: Path, run: dict[str, Any]) -> None:
-    """Make `folder` that of `run`, or see that it is already.
+    """Make `folder` that of `run`, or check that it already is.
 
     Raises:
-        ValueError: it holds another run; says what is different.
+        ValueError: it holds another run; the error says what is different.
     """
     record = read_record(folder)
     if record is None:
@@ -160,9 +143,9 @@ def _short(value: Any) -> str:
 
 
 def read_state(folder: Path) -> TrainerState | None:
-    """How far training had come when it wrote to `folder`; None if it did not finish writing.
+    """The state of training that was written to `folder`; None if writing was not finished.
 
-    transformers writes a checkpoint's state after all else in it.
+    transformers writes a checkpoint's state last.
     """
     try:
         return TrainerState.load_from_json(str(folder / STATE))
@@ -178,14 +161,14 @@ def checkpoints(folder: Path, before: float = math.inf) -> list[Path]:
 
 
 def last_checkpoint(folder: Path, before: float = math.inf) -> Path | None:
-    """The last of `checkpoints` that was written to its end and can be gone on from."""
+    """The last of `checkpoints` that is complete."""
     return next(filter(_is_complete, checkpoints(folder, before)), None)
 
 
 def discard_after(checkpoint: Path | None, folder: Path) -> None:
-    """Delete what is left in `folder` of steps behind `checkpoint`, which are taken again.
+    """Delete the checkpoints of steps after `checkpoint`, which will be taken again.
 
-    Without a checkpoint to go on from, only what was not written to its end.
+    Where it is None, only those that are not complete are deleted.
     """
     for path in checkpoints(folder):
         if path == checkpoint:
@@ -195,8 +178,8 @@ def discard_after(checkpoint: Path | None, folder: Path) -> None:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    # The first process writes the state last. Others write their random numbers meanwhile, to an
-    # archive whose directory comes last.
+    # The first process writes the state last. Others may still be writing their random numbers, to
+    # a zip archive, whose directory comes last.
     numbers = [*checkpoint.glob("rng_state*.pth")]
     is_alone = [path.name for path in numbers] == ["rng_state.pth"]
     return (

@@ -3,8 +3,9 @@
 import copy
 import difflib
 import importlib.util
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -18,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
 )
 
@@ -29,7 +31,7 @@ from .corpus import vocabulary_size
 Model: TypeAlias = str | os.PathLike[str] | ScratchGPTConfig | PreTrainedModel
 Tokenizer: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 
-# Where they differ from those of TrainingArguments. Decay, beta and clipping are GPT-3's (Brown et
+# Where ours differ from those of TrainingArguments. Decay, beta and clipping are GPT-3's (Brown et
 # al. 2020, appendix B); a number of steps below 1 is a part of the whole training.
 DEFAULTS: dict[str, Any] = dict(
     lr_scheduler_type="cosine",
@@ -42,11 +44,11 @@ DEFAULTS: dict[str, Any] = dict(
     eval_steps=0.1,
     save_steps=0.1,
     save_total_limit=2,
-    ddp_find_unused_parameters=False,  # there are none, and to look for them takes time
+    ddp_find_unused_parameters=False,  # all are used, and the search takes time
 )
 
-# GPT-3's for its smallest model (table 2.1); what is trained already goes on at the slower rate of
-# TrainingArguments.
+# GPT-3's for its smallest model (table 2.1); a model that is already trained goes on at the slower
+# rate of TrainingArguments.
 FRESH_LEARNING_RATE = 6e-4
 
 
@@ -58,14 +60,14 @@ def check_installed() -> None:
 
 
 def is_saved(model: Model) -> bool:
-    """Whether `model` is the place of a saved model, and not the name of a preset."""
+    """Whether `model` is the folder or hub id of a saved model, and not the name of a preset."""
     if isinstance(model, str):
         return "/" in model or Path(model, "config.json").is_file()
     return isinstance(model, os.PathLike)
 
 
 def load_tokenizer(tokenizer: Tokenizer | None, model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer, or else that of the saved model.
+    """The tokenizer; that of the saved `model` if not given.
 
     Raises:
         ValueError: there is none, or it cannot be loaded.
@@ -78,9 +80,9 @@ def load_tokenizer(tokenizer: Tokenizer | None, model: Model) -> PreTrainedToken
         tokenizer = model
     if tokenizer is None:
         if isinstance(model, str):
-            ScratchGPTConfig.from_preset(model)  # a name that does not exist is the first to mend
+            ScratchGPTConfig.from_preset(model)  # an unknown preset is the first error to report
         raise ValueError(
-            "fresh weights come without a tokenizer; give tokenizer= a folder or a hub id, such as "
+            "fresh weights have no tokenizer; give tokenizer= a folder or a hub id, such as "
             "'openai-community/gpt2'"
         )
     path = Path(tokenizer)
@@ -116,16 +118,16 @@ def load_model(place: str | os.PathLike[str], dtype: Any = torch.float32) -> Pre
 
 def _cannot_load(what: str, place: str | os.PathLike[str], error: Exception) -> ValueError:
     reason = str(error).strip().partition("\n")[0]
-    return ValueError(f"no {what} can be loaded from {os.fspath(place)!r}: {reason}")
+    return ValueError(f"the {what} {os.fspath(place)!r} cannot be loaded: {reason}")
 
 
 def load_start(
     model: Model, tokenizer: PreTrainedTokenizerBase, overrides: Mapping[str, Any] | None
 ) -> ScratchGPTConfig | PreTrainedModel:
-    """The configuration of fresh weights, or the model to go on with; see `train`.
+    """The configuration of fresh weights, or the model to train further; see `train`.
 
     Raises:
-        ValueError: there is no such preset or model, or the tokenizer has more tokens.
+        ValueError: there is no such preset or model, or the tokenizer has more tokens than it.
     """
     needed = vocabulary_size(tokenizer)
     start: ScratchGPTConfig | PreTrainedModel
@@ -134,7 +136,7 @@ def load_start(
         if not {"vocab_size", "n_vocab"} & {*(overrides or {})}:
             start.vocab_size = min(start.vocab_size, needed)
     elif overrides:
-        raise ValueError(f"overrides={dict(overrides)} are for presets; change the configuration")
+        raise ValueError(f"overrides={dict(overrides)} need a preset; change the configuration")
     elif isinstance(model, ScratchGPTConfig):
         start = copy.deepcopy(model)
     else:
@@ -179,9 +181,41 @@ def make_arguments(
         defaults["learning_rate"] = FRESH_LEARNING_RATE
     if importlib.util.find_spec("tensorboard") is not None:
         defaults["report_to"] = "tensorboard"
-    # Without it, processes that torchrun started on CPUs would each train alone.
+    # Without it, each process that torchrun starts on CPUs would train by itself.
     defaults["use_cpu"] = not torch.accelerator.is_available()
     return TrainingArguments(output_dir=os.fspath(output_dir), **{**defaults, **given})
+
+
+def on_first_process(arguments: TrainingArguments, work: Callable[[], Any]) -> Any:
+    """The result of `work` in the first process, or its ValueError, in all processes."""
+    from accelerate.utils import (  # type: ignore[import-untyped]  # it has no stubs
+        broadcast_object_list,
+    )
+
+    outcome: list[Any] = [None, None]
+    if arguments.process_index == 0:
+        try:
+            outcome[0] = work()
+        except ValueError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def resolve_steps(trainer: Trainer) -> int:
+    """Turn parts of the whole training into numbers of steps; return how many steps it has.
+
+    The Trainer does it too, but warns of its own numbers when it goes on from a checkpoint.
+    """
+    arguments = trainer.args
+    *_, total = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        steps = getattr(arguments, name)
+        if steps is not None and 0 < steps < 1:
+            setattr(arguments, name, math.ceil(steps * total))
+    return total
 
 
 class _Parser(HfArgumentParser):
@@ -207,5 +241,5 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
         name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
         nearest = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean --{nearest[0].replace('_', '-')}?" if nearest else ""
-        raise ValueError(f"{unknown[0]} is no argument of training{hint}")
+        raise ValueError(f"{unknown[0]} is not an argument of training{hint}")
     return {name: value for name, value in vars(given).items() if value is not absent}

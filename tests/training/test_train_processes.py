@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_scratch_gpt.training.run import train
 
+pytestmark = pytest.mark.long
 KILLED = -9
 
 
@@ -28,7 +29,7 @@ def one_thread():
 def arguments(openai_tiny, tmp_path_factory):
     """A run of several epochs, with a last batch that its blocks do not fill."""
     folder = tmp_path_factory.mktemp("train")
-    text = Path(__file__).parents[1] / "LICENSE"
+    text = Path(__file__).parents[2] / "LICENSE"
     (folder / "text.txt").write_text(text.read_text()[:3000])
     return dict(
         sources=str(folder / "text.txt"),
@@ -56,7 +57,13 @@ def start(arguments, folder, processes=1, **more):
     file.write_text(json.dumps(given))
     several = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     run = subprocess.run(
-        [sys.executable, "-m", *(several if processes > 1 else []), "tests.train_worker", file],
+        [
+            sys.executable,
+            "-m",
+            *(several if processes > 1 else []),
+            "tests.training.train_worker",
+            file,
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
         capture_output=True,
         text=True,

@@ -21,9 +21,7 @@ _FEW = 3  # so few vectors torch multiplies in half precision as fast as in floa
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # torch then multiplies at a tenth of the speed of float32, and some products at a hundredth.
 _SLOW_DTYPES = frozenset(
-    dtype
-    for dtype in (torch.bfloat16, torch.float16)
-    if _IS_X86 and not onednn_supports(dtype)
+    dtype for dtype in (torch.bfloat16, torch.float16) if _IS_X86 and not onednn_supports(dtype)
 )
 # Intel's AMX, which multiplies tiles of bfloat16 by one another.
 HAS_MATRIX_UNIT: bool = torch.cpu.get_capabilities().get("amx_bf16", False)
@@ -59,13 +57,13 @@ def is_ordinary(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Others, as quantized, sparse and distributed ones, are left to torch.
     """
     return (
-        x.is_cpu
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_recorded())
+        and x.is_cpu
         and weight.is_cpu
         and type(weight) in (nn.Parameter, torch.Tensor)
         and weight.layout == torch.strided
         and x.shape[-1:] == weight.shape[-1:]
         and (bias is None or (bias.dtype, bias.shape) == (weight.dtype, weight.shape[:1]))
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_recorded())
     )
 
 

@@ -34,6 +34,8 @@ def has_own_product(
     It is for training under autocast, where the CPU has no instructions for the half precision to
     be multiplied, and in float32 after GELU or where oneDNN is ahead.
     """
+    if not is_ordinary(x, weight, bias):
+        return False
     is_autocast, is_training = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
     dtype = torch.get_autocast_dtype("cpu") if is_autocast else weight.dtype
     if is_autocast:
@@ -41,11 +43,7 @@ def has_own_product(
     else:
         keeps_less = after_gelu and weight.requires_grad and x.dtype == torch.float32
         is_better = is_training and (keeps_less or is_onednn_ahead(x))
-    return (
-        (is_better or is_slow(dtype))
-        and x.dtype in (weight.dtype, dtype)
-        and is_ordinary(x, weight, bias)
-    )
+    return (is_better or is_slow(dtype)) and x.dtype in (weight.dtype, dtype)
 
 
 def cast(x: torch.Tensor) -> torch.Tensor:
@@ -104,13 +102,13 @@ class _OwnProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the arguments of `forward`, made of the product's, `grad` (..., D)."""
         x, weight = ctx.saved_tensors
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
-        # Gradients of gradients take operators that torch can differentiate.
-        is_wide = is_slow(grad.dtype) and not torch.is_grad_enabled()
-        gradients = _wide_gradients if is_wide else _gradients
         with torch.autocast("cpu", enabled=False):
-            grad_rows, grad_weight, grad_bias = gradients(
-                rows, weight, grad.reshape(-1, len(weight)), ctx.gelu, ctx.needs_input_grad
+            grad_rows, grad_weight, grad_bias = _gradients(
+                None if x is None else x.reshape(-1, x.shape[-1]),
+                weight,
+                grad.reshape(-1, len(weight)),
+                ctx.gelu,
+                ctx.needs_input_grad,
             )
         grad_x = None if grad_rows is None else grad_rows.view(ctx.x_shape)
         if grad_bias is not None:
@@ -122,59 +120,49 @@ def _activated(x: torch.Tensor, gelu: str | None) -> torch.Tensor:
     return x if gelu is None else F.gelu(x, approximate=gelu)
 
 
-_Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-
-
 def _gradients(
     x: torch.Tensor | None,
     weight: torch.Tensor,
     grad: torch.Tensor,
     gelu: str | None,
     wants: list[bool],
-) -> _Gradients:
-    """Gradients of `x` (N, C), `weight` (D, C) and the bias (D,), made of `grad` (N, D)."""
-    wants_x, wants_weight, wants_bias, _ = wants
-    grad_x = grad_weight = None
-    into = None if x is None else _activated(x, gelu)
-    if wants_weight:
-        assert into is not None, "kept for this"
-        grad_weight = (grad.T @ into).to(weight.dtype)
-    if wants_x:
-        narrow = weight.to(grad.dtype)
-        if gelu is None:
-            grad_x = grad @ narrow
-        elif torch.is_grad_enabled():
-            grad_x = gelu_backward(grad @ narrow, x, gelu)
-        else:  # in the memory of what is not needed any more
-            product = torch.mm(grad, narrow, out=into)
-            grad_x = gelu_backward(product, x, gelu, in_place=True)
-    return grad_x, grad_weight, grad.sum(0) if wants_bias else None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of `x` (N, C), `weight` (D, C) and the bias (D,), made of `grad` (N, D).
 
-
-def _wide_gradients(
-    x: torch.Tensor | None,
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    gelu: str | None,
-    wants: list[bool],
-) -> _Gradients:
-    """The same by way of float32, a few rows at a time."""
+    Slow half precision goes by way of float32, a few rows at a time.
+    """
     wants_x, wants_weight, wants_bias, _ = wants
-    factor = weight.float()
-    grad_x = grad.new_empty(len(grad), weight.shape[1]) if wants_x else None
-    grad_weight = torch.zeros_like(factor) if wants_weight else None
-    grad_bias = factor.new_zeros(len(factor)) if wants_bias else None
-    for start in range(0, len(grad), _ROWS):
-        rows = slice(start, start + _ROWS)
-        of_rows = grad[rows].float()
-        into: Any = None if x is None else x[rows].float()
-        if grad_weight is not None:
-            grad_weight.addmm_(of_rows.T, _activated(into, gelu))
-        if grad_bias is not None:
-            grad_bias += of_rows.sum(0)
-        if grad_x is not None:
-            product = torch.mm(of_rows, factor)
-            grad_x[rows] = product if gelu is None else gelu_backward(product, into, gelu)
+    dtype, size = multiplied_as(grad.dtype), _ROWS if is_slow(grad.dtype) else max(1, len(grad))
+    factor = weight.to(dtype)
+    grad_weight = grad_bias = None
+    grads_x = []
+    for start in range(0, max(1, len(grad)), size):
+        of_rows = grad[start : start + size].to(dtype)
+        rows: Any = None if x is None else x[start : start + size].to(dtype)
+        into = None if rows is None else _activated(rows, gelu)
+        if wants_weight:
+            grad_weight = _plus_product(grad_weight, of_rows, into)
+        if wants_bias:
+            of_bias = of_rows.sum(0)
+            grad_bias = of_bias if grad_bias is None else grad_bias + of_bias
+        if wants_x and (gelu is None or torch.is_grad_enabled()):  # gradients of gradients
+            product = of_rows @ factor
+            product = product if gelu is None else gelu_backward(product, rows, gelu)
+            grads_x.append(product.to(grad.dtype))
+        elif wants_x:  # in the memory of what is not needed any more
+            product = torch.mm(of_rows, factor, out=into)
+            grads_x.append(gelu_backward(product, rows, gelu, in_place=True).to(grad.dtype))
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
+    grad_x = torch.cat(grads_x) if len(grads_x) > 1 else (grads_x or [None])[0]
     return grad_x, grad_weight, grad_bias
+
+
+def _plus_product(
+    total: torch.Tensor | None, grad: torch.Tensor, into: torch.Tensor | None
+) -> torch.Tensor:
+    """`total` (D, C) and the product of `grad` (N, D) and `into` (N, C)."""
+    assert into is not None, "kept for this"
+    if total is None:
+        return grad.T @ into
+    return total + grad.T @ into if torch.is_grad_enabled() else total.addmm_(grad.T, into)

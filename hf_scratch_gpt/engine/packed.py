@@ -131,4 +131,6 @@ class PackedFeedForward(nn.Module):
 def fused_gelu(activation: Any) -> str | None:
     """The form of `activation`, if it is the model's GELU by torch's kernel, and nobody watches."""
     form, is_fused = getattr(activation, "form", None), getattr(activation, "fused", False)
-    return form if form in ("tanh", "none") and is_fused and not is_watched(activation) else None
+    if torch.compiler.is_compiling() or form not in ("tanh", "none") or is_watched(activation):
+        return None
+    return form if is_fused else None

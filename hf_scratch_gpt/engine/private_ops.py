@@ -29,13 +29,19 @@ PLACES = {
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-@functools.cache
-def find(name: str) -> Any:
-    """The function at one of `PLACES`; None if this torch does not have it."""
+def _look_up(place: str) -> Any:
     try:
-        return attrgetter(PLACES[name])(torch)
+        return attrgetter(place)(torch)
     except (AttributeError, RuntimeError):
         return None
+
+
+_FOUND = {name: _look_up(place) for name, place in PLACES.items()}
+
+
+def find(name: str) -> Any:
+    """The function at one of `PLACES`; None if this torch does not have it."""
+    return _FOUND[name]
 
 
 @functools.cache

@@ -96,7 +96,7 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
             setattr(model.generation_config, name, value)
     if not isinstance(model, FastGeneration):
         model.__class__ = _before_class(FastGeneration, type(model))
-    known = frozenset(type(part) for part in model.modules() if _row(type(part)))
+    known = known_classes(model)
     if can_compute(model, known):
         way = fastest_way([part for part in model.modules() if isinstance(part, nn.Linear)])
     model.optimized = Optimized(known, way, weights, tuple(before))
@@ -195,6 +195,11 @@ def _row(kind: type) -> tuple[type | None, type | None] | None:
     return _TABLE.get(kind) or _TABLE.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
 
 
+def known_classes(model: nn.Module) -> frozenset[type]:
+    """The classes of the parts of `model` whose mathematics the engine knows."""
+    return frozenset(type(part) for part in model.modules() if _row(type(part)))
+
+
 def _is_ours(kind: type) -> bool:
     """Whether a class is one of the model's, or derived from one."""
     return any(_row(each) and each not in _TABLE for each in kind.__mro__)
@@ -227,7 +232,9 @@ def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> Non
 @functools.cache
 def _before_class(faster: type, kind: type) -> type:
     """`faster` before `kind`, under the name of `kind`: it is saved, and tools look for it."""
-    return type(kind.__name__, (faster, kind), {"__module__": kind.__module__, "replaced_class": kind})
+    return type(
+        kind.__name__, (faster, kind), {"__module__": kind.__module__, "replaced_class": kind}
+    )
 
 
 def _quantize(model: PreTrainedModel, weights: str) -> None:

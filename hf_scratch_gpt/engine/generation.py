@@ -1,12 +1,10 @@
 """`generate` of an optimized model: one text, by greedy search or sampling, goes by the C++."""
 
 import functools
-import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -17,7 +15,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .one_token import Memory, OneToken, best_word, can_compute
+from .one_token import OneToken, best_word, can_compute
 
 # Arguments and settings of `generate` that the loop here knows in one form only.
 _USUAL = {
@@ -30,8 +28,6 @@ _USUAL = {
     # transformers does not hand these to a loop that it is given.
     **dict.fromkeys(("synced_gpus", "tokenizer", "assistant_tokenizer")),
 }
-# Of each model, memory that no text is using. It is kept because fresh memory is slow.
-_memories: weakref.WeakKeyDictionary[nn.Module, list[Memory]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -42,13 +38,15 @@ class Optimized:
         known: the classes of its parts whose mathematics the C++ knows.
         way: in which the C++ reads its matrices; see `fastest_way`.
         weight_format: that of its weights, if they were quantized.
-        before: what `restore` gives back, by its place in the model.
+        attention: its attention implementation before.
+        generation: settings of its generation config before, where they were changed.
     """
 
+    attention: str | None
     known: frozenset[type] = frozenset()
     way: int = 0
     weight_format: str | None = None
-    before: tuple[tuple[str, Any], ...] = ()
+    generation: dict[str, Any] = field(default_factory=dict)
 
 
 class _Unsuited(Exception):
@@ -134,8 +132,7 @@ def _write(
         streamer.put(input_ids.cpu())
     cache = model_kwargs["cache"]
     logits = model(input_ids, cache=cache, logits_to_keep=1).logits
-    memory = _borrow_memory(model)
-    one_token = OneToken(model, memory, cache, model.optimized.way)
+    one_token = OneToken(model, cache, model.optimized.way)
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
         scores = logits_processor(input_ids, logits[:, -1].float())
@@ -151,11 +148,8 @@ def _write(
             streamer.put(token[0])
         if stopping_criteria(input_ids, None).all():
             break
-        if wants_best:
-            token = one_token.best_after(token)
-        else:
-            token = choose(one_token.logits_after(token))
-    _memories[model].append(memory)
+        best = one_token.best_after(token) if wants_best else None
+        token = choose(one_token.logits_after(token)) if best is None else best
     if streamer is not None:
         streamer.end()
     return input_ids
@@ -180,14 +174,3 @@ def _suits(
         and (positions is None or torch.equal(positions, in_order))
         and "inputs_embeds" not in model_kwargs
     )
-
-
-def _borrow_memory(model: Any) -> Memory:
-    """Memory that no text is using; whoever is done puts it back into `_memories`."""
-    try:
-        memory = _memories.setdefault(model, []).pop()
-    except IndexError:
-        return Memory(model.config, model.dtype)
-    # The model may have been converted or resized since.
-    fits = memory.fits(model.config, model.dtype)
-    return memory if fits else Memory(model.config, model.dtype)

@@ -27,9 +27,7 @@ class Int8Linear(nn.Linear):
         weight = self.weight.detach()
         wide = torch.promote_types(weight.dtype, torch.float32)
         scale = weight.abs().amax(1).to(wide).clamp(min=torch.finfo(wide).tiny) / 127
-        rows = max(1, _PIECE // weight.shape[1])
-        pieces = zip(weight.split(rows), scale.split(rows), strict=True)
-        quantized = torch.cat([(w / s[:, None]).round().to(torch.int8) for w, s in pieces])
+        quantized = (weight / scale[:, None]).round().to(torch.int8)
         self.weight = nn.Parameter(quantized, requires_grad=False)  # not in place: it may be tied
         # Not a buffer: `model.half()` would leave it too few digits.
         self.weight_scale = scale

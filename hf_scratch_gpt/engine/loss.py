@@ -30,21 +30,11 @@ def causal_loss(
     shift_labels: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' `ForCausalLMLoss` of the logits `hidden_states @ weight.T`, with its arguments.
+    """The language model's loss, with the arguments of its `loss_in_pieces` and `weight` (V, C).
 
-    A few hundred tokens' logits live at a time, from which follow their share of the loss and, by
-    the derivative softmax(logits) - one_hot(label), of the gradients.
-
-    Args:
-        hidden_states: (B, T, C), on a CPU.
-        weight: the output head's, (V, C).
-        labels: (B, T); token t is compared with label t + 1. Where it is `ignore_index`, it does
-            not count.
-        num_items_in_batch: what the sum over tokens is divided by; their number if not given.
-        shift_labels: (B, T), labels that are shifted already, in place of `labels`.
-
-    Returns:
-        The mean negative log-likelihood in nats. It can be differentiated once.
+    A few hundred tokens' logits, `hidden_states @ weight.T`, live at a time. From them follow their
+    share of the loss and, by the derivative softmax(logits) - one_hot(label), of the gradients. It
+    can be differentiated once.
 
     Raises:
         ValueError: there are more or fewer labels than hidden states, or a label is not a token of
@@ -61,21 +51,22 @@ def causal_loss(
     counted = (shift_labels != ignore_index).nonzero()[:, 0]  # (N,)
     shift_labels = shift_labels[counted]
     _check_labels(shift_labels, len(weight), ignore_index)
-    is_autocast = torch.is_autocast_enabled("cpu")
-    dtype = multiplied_as(torch.get_autocast_dtype("cpu") if is_autocast else weight.dtype)
-    divisor = torch.as_tensor(
-        len(counted) if num_items_in_batch is None else num_items_in_batch, dtype=torch.float32
-    )
-    # Quotients may be too small for float16, so the gradient is scaled before it is divided.
-    is_divided_late = dtype == torch.float16
+    dtype = product_dtype(weight)
+    divisor = len(counted) if num_items_in_batch is None else num_items_in_batch
     loss: torch.Tensor = _LossOfPieces.apply(
         hidden_states.flatten(0, -2).index_select(0, counted),
         weight,
         shift_labels,
-        torch.ones_like(divisor) if is_divided_late else divisor,
+        torch.as_tensor(divisor, dtype=torch.float32),
         dtype,
     )
-    return loss / divisor if is_divided_late else loss
+    return loss
+
+
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The type in which `causal_loss` multiplies; gradients may be too small for float16."""
+    is_autocast = torch.is_autocast_enabled("cpu")
+    return multiplied_as(torch.get_autocast_dtype("cpu") if is_autocast else weight.dtype)
 
 
 def _check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -155,19 +146,17 @@ def _to_gradient(logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tens
     A few rows at a time, which the processor's cache holds.
     """
     size = max(1, _BLOCK // logits.shape[1])
-    wide = None
-    if logits.dtype != torch.float32:
-        wide = torch.empty_like(logits[:size], dtype=torch.float32)
+    wide = torch.empty_like(logits[:size], dtype=torch.float32)
     total = torch.zeros((), dtype=torch.float32, device="cpu")
     for rows, label in zip(logits.split(size), labels.split(size), strict=True):
-        x = rows if wide is None else wide[: len(rows)].copy_(rows)
+        x = rows if rows.dtype == torch.float32 else wide[: len(rows)].copy_(rows)
         x -= x.amax(-1, keepdim=True)
         of_label = x.gather(1, label[:, None])
         sums = x.exp_().sum(-1, keepdim=True)
         total += (sums.log() - of_label).sum()
         x /= sums * divisor  # softmax
         x.scatter_add_(1, label[:, None], -torch.ones_like(of_label) / divisor)
-        if wide is not None:
+        if x is not rows:
             rows.copy_(x)
     return total
 

@@ -57,27 +57,6 @@ def _is_shaped(linear: Any, rows: int, columns: int) -> bool:
     return is_right and (linear.bias is None or linear.bias.shape == (rows,))
 
 
-class Memory:
-    """Keys and values of one text, for as many tokens as a model has positions."""
-
-    def __init__(self, config: Any, dtype: torch.dtype) -> None:
-        size = self._size(config)
-        layers = range(config.num_hidden_layers)
-        with torch.inference_mode(False):  # else it could be written to in that mode alone
-            self.keys = [torch.empty(size, dtype=dtype, device="cpu") for _ in layers]
-            self.values = [torch.empty(size, dtype=dtype, device="cpu") for _ in layers]
-
-    def fits(self, config: Any, dtype: torch.dtype) -> bool:
-        """Whether it is what a model of `config` and `dtype` needs."""
-        keys = self.keys[0]
-        is_right = tuple(keys.shape) == self._size(config) and keys.dtype == dtype
-        return is_right and len(self.keys) == config.num_hidden_layers
-
-    @staticmethod
-    def _size(config: Any) -> tuple[int, int, int]:
-        return config.num_attention_heads, config.max_position_embeddings, config.head_dim
-
-
 # The structures of the C++, in its order.
 _Norm = structure("Norm", weight=POINTER, bias=POINTER, eps=ctypes.c_float)
 _Block = structure(
@@ -116,24 +95,27 @@ class OneToken:
 
     Args:
         model: one that `can_compute` is true of, and that nothing changes meanwhile.
-        memory: keys and values; nobody else may use it meanwhile.
-        prompt: what the model has made of the tokens before.
+        prompt: keys and values of the tokens before.
         way: one of `WAYS` to read matrices in; see `fastest_way`.
     """
 
-    def __init__(self, model: Any, memory: Memory, prompt: DynamicCache, way: int = 0) -> None:
+    def __init__(self, model: Any, prompt: DynamicCache, way: int = 0) -> None:
         self._length = prompt.get_seq_length()
-        for keys, values, read in zip(memory.keys, memory.values, prompt.layers, strict=True):
-            keys[:, : self._length] = read.keys[0]
-            values[:, : self._length] = read.values[0]
+        config = model.config
+        room = (config.num_attention_heads, config.max_position_embeddings, config.head_dim)
+        # Of keys and of values, for all positions; pages that no token reaches take no memory.
+        self._caches = []
+        for layer in prompt.layers:
+            caches = [torch.empty(room, dtype=model.dtype, device="cpu") for _ in range(2)]
+            for own, read in zip(caches, (layer.keys, layer.values), strict=True):
+                own[:, : self._length] = read[0]
+            self._caches.append(caches)
 
         self._model = model
         rough = rough_of(model.lm_head)
-        self._held: list[Any] = [memory, rough]  # what the structures point to
-        blocks = [
-            self._block(block, memory.keys[layer], memory.values[layer])
-            for layer, block in enumerate(model.model.layers)
-        ]
+        self._held: list[Any] = [rough]  # what the structures point to
+        pairs = zip(model.model.layers, self._caches, strict=True)
+        blocks = [self._block(block, *caches) for block, caches in pairs]
         self._structure = _Model(
             blocks=(_Block * len(blocks))(*blocks),
             layers=len(blocks),

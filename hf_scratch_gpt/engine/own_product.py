@@ -11,16 +11,10 @@ without half precision takes seconds for it, where torch takes an hour.
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .half import (
-    HAS_MATRIX_UNIT,
-    is_onednn_ahead,
-    is_ordinary,
-    is_slow,
-    multiplied_as,
-    multiply,
-)
+from .half import HAS_MATRIX_UNIT, is_onednn_ahead, is_ordinary, is_slow, multiplied_as, multiply
 from .private_ops import as_new_tensor, gelu_backward
 
 _ROWS = 2**11 if HAS_MATRIX_UNIT else 2**9  # vectors that GELU is applied to at a time
@@ -69,7 +63,7 @@ def own_product(
 
 
 class _OwnProduct(torch.autograd.Function):
-    """Keeps `x`, before GELU, and the weight itself."""
+    """Keeps `x`, before GELU, and the weight itself. It can be differentiated once."""
 
     @staticmethod
     def forward(
@@ -99,21 +93,20 @@ class _OwnProduct(torch.autograd.Function):
         return as_new_tensor(result, (*x.shape[:-1], len(weight)))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the arguments of `forward`, made of the product's, `grad` (..., D)."""
         x, weight = ctx.saved_tensors
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        wants, grad = ctx.needs_input_grad, grad.reshape(-1, len(weight))
         with torch.autocast("cpu", enabled=False):
-            grad_rows, grad_weight, grad_bias = _gradients(
-                None if x is None else x.reshape(-1, x.shape[-1]),
-                weight,
-                grad.reshape(-1, len(weight)),
-                ctx.gelu,
-                ctx.needs_input_grad,
-            )
-        grad_x = None if grad_rows is None else grad_rows.view(ctx.x_shape)
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+            grad_x, grad_weight, grad_bias = _gradients(rows, weight, grad, ctx.gelu, wants)
+        return (
+            None if grad_x is None else grad_x.view(ctx.x_shape),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(ctx.bias_dtype),
+            None,
+        )
 
 
 def _activated(x: torch.Tensor, gelu: str | None) -> torch.Tensor:
@@ -134,35 +127,18 @@ def _gradients(
     wants_x, wants_weight, wants_bias, _ = wants
     dtype, size = multiplied_as(grad.dtype), _ROWS if is_slow(grad.dtype) else max(1, len(grad))
     factor = weight.to(dtype)
-    grad_weight = grad_bias = None
-    grads_x = []
-    for start in range(0, max(1, len(grad)), size):
-        of_rows = grad[start : start + size].to(dtype)
-        rows: Any = None if x is None else x[start : start + size].to(dtype)
-        into = None if rows is None else _activated(rows, gelu)
-        if wants_weight:
-            grad_weight = _plus_product(grad_weight, of_rows, into)
-        if wants_bias:
-            of_bias = of_rows.sum(0)
-            grad_bias = of_bias if grad_bias is None else grad_bias + of_bias
-        if wants_x and (gelu is None or torch.is_grad_enabled()):  # gradients of gradients
-            product = of_rows @ factor
-            product = product if gelu is None else gelu_backward(product, rows, gelu)
-            grads_x.append(product.to(grad.dtype))
-        elif wants_x:  # in the memory of what is not needed any more
-            product = torch.mm(of_rows, factor, out=into)
-            grads_x.append(gelu_backward(product, rows, gelu, in_place=True).to(grad.dtype))
-    if grad_weight is not None:
-        grad_weight = grad_weight.to(weight.dtype)
-    grad_x = torch.cat(grads_x) if len(grads_x) > 1 else (grads_x or [None])[0]
+    grad_x = grad.new_empty(len(grad), weight.shape[1]) if wants_x else None
+    grad_weight = torch.zeros_like(factor) if wants_weight else None
+    grad_bias = factor.new_zeros(len(factor)) if wants_bias else None
+    for start in range(0, len(grad), size):
+        rows = slice(start, start + size)
+        of_rows = grad[rows].to(dtype)
+        into: Any = None if x is None else x[rows].to(dtype)
+        if grad_weight is not None:
+            grad_weight.addmm_(of_rows.T, _activated(into, gelu))
+        if grad_bias is not None:
+            grad_bias += of_rows.sum(0)
+        if grad_x is not None:
+            product = torch.mm(of_rows, factor)
+            grad_x[rows] = product if gelu is None else gelu_backward(product, into, gelu)
     return grad_x, grad_weight, grad_bias
-
-
-def _plus_product(
-    total: torch.Tensor | None, grad: torch.Tensor, into: torch.Tensor | None
-) -> torch.Tensor:
-    """`total` (D, C) and the product of `grad` (N, D) and `into` (N, C)."""
-    assert into is not None, "kept for this"
-    if total is None:
-        return grad.T @ into
-    return total + grad.T @ into if torch.is_grad_enabled() else total.addmm_(grad.T, into)

@@ -86,10 +86,6 @@ class PackedLinear(nn.Linear):
         packed = Packed(self.weight) if can_pack and has_onednn() else None
         self.packed = packed  # type: ignore[assignment]
 
-    def release(self) -> None:
-        """Drop the packed copy."""
-        del self.packed
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
         if self.is_packed_for(input):

@@ -89,24 +89,14 @@ def onednn_supports(dtype: torch.dtype) -> bool:
     return bool(supports())
 
 
-def gelu_backward(
-    grad: torch.Tensor, x: torch.Tensor, form: str, in_place: bool = False
-) -> torch.Tensor:
-    """The gradient of `x`, made of that of GELU's output, `grad`; all of one shape.
-
-    `in_place` writes the result to the memory of `grad` where that is possible.
-    """
+def gelu_backward(grad: torch.Tensor, x: torch.Tensor, form: str) -> torch.Tensor:
+    """The gradient of `x`, made of that of GELU's output, `grad`, whose memory it may take."""
     backward = find("gelu_backward")
-    if backward is None:
-        wants_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            given = x if wants_graph and x.requires_grad else x.detach().requires_grad_()
-            y = F.gelu(given, approximate=form)
-            (result,) = torch.autograd.grad(y, given, grad, create_graph=wants_graph)
-        return result
-    if in_place:
+    if backward is not None:
         return backward.grad_input(grad, x, approximate=form, grad_input=grad)
-    return backward(grad, x, approximate=form)
+    with torch.enable_grad():
+        given = x.detach().requires_grad_()
+        return torch.autograd.grad(F.gelu(given, approximate=form), given, grad)[0]
 
 
 def as_new_tensor(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -5,10 +5,8 @@
 
 import functools
 from collections.abc import Iterator
-from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -77,9 +75,8 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         RuntimeError: the compiler fails.
     """
     _check_for_generation(model, weights)
-    before: list[tuple[str, Any]] = []
-    way, is_on_cpu = 0, model.device.type == "cpu"
-    if is_on_cpu:
+    generation: dict[str, Any] = {}
+    if model.device.type == "cpu":
         compiled()
         _exchange(model, _GENERATION, Int8Linear if weights else None)
         if isinstance(model.lm_head, PackedLinear):
@@ -88,18 +85,17 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         if weights is not None:
             _quantize(model, weights)
         # transformers compiles steps over such a cache by itself
-        static = dict(
-            cache_implementation="static", max_cache_len=model.config.max_position_embeddings
-        )
-        for name, value in static.items():
-            before.append((f"generation_config.{name}", getattr(model.generation_config, name)))
-            setattr(model.generation_config, name, value)
+        settings, room = vars(model.generation_config), model.config.max_position_embeddings
+        static = {"cache_implementation": "static", "max_cache_len": room}
+        generation = {name: settings.get(name) for name in static}
+        settings.update(static)
     if not isinstance(model, FastGeneration):
         model.__class__ = _before_class(FastGeneration, type(model))
     known = known_classes(model)
-    if can_compute(model, known):
-        way = fastest_way([part for part in model.modules() if isinstance(part, nn.Linear)])
-    model.optimized = Optimized(known, way, weights, tuple(before))
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    way = fastest_way(layers) if can_compute(model, known) else 0
+    attention = model.config._attn_implementation
+    model.optimized = Optimized(attention, known, way, weights, generation)
     return model
 
 
@@ -124,7 +120,7 @@ def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
     _exchange(model, _TRAINING)
     if attention in IN_FLOAT32:
         model.set_attn_implementation(IN_FLOAT32[attention])
-    model.optimized = Optimized(before=(("config._attn_implementation", attention),))
+    model.optimized = Optimized(attention)
     return model
 
 
@@ -150,12 +146,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             vars(part).pop("packed", None)
             vars(part).pop("rough", None)
             part.__class__ = kind
-    for place, value in optimized.before:
-        if place == "config._attn_implementation":
-            model.set_attn_implementation(value)
-        else:
-            owner, _, name = place.rpartition(".")
-            setattr(attrgetter(owner)(model), name, value)
+    model.set_attn_implementation(optimized.attention)
+    for name, value in optimized.generation.items():
+        setattr(model.generation_config, name, value)
     del model.optimized
     return model
 

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.blocks_scratch_gpt import masked_attention
 from .half import is_ordinary, is_slow
-from .loss import causal_loss
+from .loss import causal_loss, product_dtype
 from .own_product import cast, has_own_product, own_product
 from .packed import fused_gelu
 from .private_ops import is_watched
@@ -69,7 +69,8 @@ class LossInPieces(nn.Module):
     ) -> torch.Tensor:
         """The loss of `hidden_states` (B, T, C) and `labels` (B, T), as the model's own."""
         head: Any = self.lm_head
-        if head.bias is None and is_ordinary(hidden_states, head.weight):
+        is_known = head.bias is None and is_ordinary(hidden_states, head.weight)
+        if is_known and product_dtype(head.weight) != torch.float16:
             return causal_loss(hidden_states, head.weight, labels, **kwargs)
         return super().loss_in_pieces(hidden_states, labels, **kwargs)  # type: ignore[misc]
 

@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
 from hf_scratch_gpt.engine import one_token
-from hf_scratch_gpt.engine.one_token import Memory, OneToken
 from hf_scratch_gpt.engine.int8 import Int8Linear
+from hf_scratch_gpt.engine.one_token import OneToken
 from hf_scratch_gpt.engine.products import WAYS, call, fastest_way, multiply_seconds, product_of
 from hf_scratch_gpt.engine.swap import known_classes
 
@@ -29,7 +29,7 @@ def logits_by_steps(model, ids, way=0, threads=1):
     cache = DynamicCache(config=model.config)
     model(ids[:, :READ], cache=cache)
     torch.set_num_threads(threads)
-    step = OneToken(model, Memory(model.config, model.dtype), cache, way)
+    step = OneToken(model, cache, way)
     return torch.cat([step.logits_after(token[None, None]) for token in ids[0, READ:]], dim=1)
 
 

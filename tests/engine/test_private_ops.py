@@ -66,18 +66,11 @@ def test_gelu_backward(form, without):
     x, grad = torch.randn(2, 5, 7, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
     F.gelu(leaf, approximate=form).backward(grad)
-    with torch.no_grad():
-        assert torch.equal(private_ops.gelu_backward(grad, x, form), leaf.grad)
-        given = grad.clone()
-        assert private_ops.gelu_backward(given, x, form, in_place=True) is given
-        assert torch.equal(given, leaf.grad)
-        without("gelu_backward")
-        for in_place in (True, False):
-            own = private_ops.gelu_backward(grad, x, form, in_place)
-            torch.testing.assert_close(own, leaf.grad)
-    twice = x.clone().requires_grad_()
-    private_ops.gelu_backward(grad, twice, form).sum().backward()
-    assert twice.grad.norm() > 0
+    for names in ((), ("gelu_backward",)):
+        without(*names)
+        with torch.no_grad():
+            own = private_ops.gelu_backward(grad.clone(), x, form)
+        torch.testing.assert_close(own, leaf.grad)
 
 
 def test_a_tensor_of_its_own(without):

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
-from hf_scratch_gpt.engine.one_token import Memory, OneToken, best_word
+from hf_scratch_gpt.engine.one_token import OneToken, best_word
 from hf_scratch_gpt.engine.products import WAYS
 from hf_scratch_gpt.engine.rough_head import keep_rough, rough_of
 
@@ -32,7 +32,7 @@ def make(change=nothing, dtype=torch.float32, **changes):
 def after_a_prompt(model, way=0):
     cache, ids = DynamicCache(config=model.config), torch.arange(5)[None]
     model(ids, cache=cache)
-    return OneToken(model, Memory(model.config, model.dtype), cache, way)
+    return OneToken(model, cache, way)
 
 
 @torch.no_grad()

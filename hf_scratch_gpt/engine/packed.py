@@ -84,7 +84,7 @@ class PackedLinear(nn.Linear):
             dtype == torch.bfloat16 and not is_slow(dtype) and onednn_supports(dtype)
         )
         packed = Packed(self.weight) if can_pack and has_onednn() else None
-        self.packed = packed  # type: ignore[assignment]
+        self.packed = packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
@@ -109,10 +109,10 @@ class PackedLinear(nn.Linear):
 class PackedFeedForward(nn.Module):
     """Lets oneDNN compute GELU while it writes the first layer's product."""
 
-    up_proj: nn.Module
-    activation: nn.Module
-    down_proj: nn.Module
-    dropout: nn.Module
+    up_proj: Any
+    activation: Any
+    down_proj: Any
+    dropout: Any
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C)."""

@@ -3,7 +3,6 @@
 `optimize_for_generation(model)`, `optimize_for_training(model)`, `restore(model)`.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -211,6 +210,7 @@ def _parts(model: nn.Module) -> Iterator[nn.Module]:
 
 def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> None:
     """Exchange all parts of `model` that the table has better ones for; `linear` for its own."""
+    part: Any
     for part in list(_parts(model)):
         faster = (_row(type(part)) or (None, None))[purpose]
         is_linear = type(part) is nn.Linear
@@ -222,12 +222,15 @@ def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> Non
                 part.prepare()
 
 
-@functools.cache
+_made: dict[tuple[type, type], type] = {}
+
+
 def _before_class(faster: type, kind: type) -> type:
     """`faster` before `kind`, under the name of `kind`: it is saved, and tools look for it."""
-    return type(
-        kind.__name__, (faster, kind), {"__module__": kind.__module__, "replaced_class": kind}
-    )
+    members = {"__module__": kind.__module__, "replaced_class": kind}
+    if (faster, kind) not in _made:
+        _made[faster, kind] = type(kind.__name__, (faster, kind), members)
+    return _made[faster, kind]
 
 
 def _quantize(model: PreTrainedModel, weights: str) -> None:

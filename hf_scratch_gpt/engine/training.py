@@ -36,10 +36,10 @@ class LeanLinear(nn.Linear):
 class LeanFeedForward(nn.Module):
     """Makes GELU and the second layer one product, which keeps the input of GELU alone."""
 
-    up_proj: nn.Module
-    activation: nn.Module
-    down_proj: nn.Module
-    dropout: nn.Module
+    up_proj: Any
+    activation: Any
+    down_proj: Any
+    dropout: Any
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C)."""
@@ -62,13 +62,13 @@ class LeanAttention(nn.Module):
 class LossInPieces(nn.Module):
     """Computes the loss by `causal_loss` where the configuration asks for a loss in pieces."""
 
-    lm_head: nn.Module
+    lm_head: Any
 
     def loss_in_pieces(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The loss of `hidden_states` (B, T, C) and `labels` (B, T), as the model's own."""
-        head: Any = self.lm_head
+        head = self.lm_head
         is_known = head.bias is None and is_ordinary(hidden_states, head.weight)
         if is_known and product_dtype(head.weight) != torch.float16:
             return causal_loss(hidden_states, head.weight, labels, **kwargs)

@@ -3,7 +3,6 @@
 import torch
 
 from hf_scratch_gpt.engine.half import multiplied_as
-from hf_scratch_gpt.engine.large_pages import move_to_large_pages
 from hf_scratch_gpt.engine.products import WAYS, multiply_seconds
 
 from .timing import best_seconds
@@ -17,7 +16,6 @@ def read_bandwidth(device: str) -> float:
     layer = torch.nn.Linear(1024, _BYTES // 4 // 1024, bias=False, device=device)
     seconds = [best_seconds(layer.weight.sum, device)]
     if device == "cpu":
-        move_to_large_pages([layer.weight])
         seconds += [multiply_seconds(layer, way) for way in WAYS for _ in range(9)]
     return _BYTES / min(seconds)
 

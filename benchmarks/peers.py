@@ -17,8 +17,9 @@ import numpy
 import torch
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, optimize_for_generation
+from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from hf_scratch_gpt.checkpoints.verify import gpt2_config
+from hf_scratch_gpt.engine.swap import optimize_for_generation
 
 OURS = ("ours, plain", "ours, fast")
 # CTranslate2 multiplies by oneDNN on processors that are not Intel's, unless it is told otherwise.

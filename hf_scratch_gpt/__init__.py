@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .checkpoints.names import register_gpt2_rules
-from .engine.generation import optimize_for_generation
+from .engine.swap import optimize_for_generation, optimize_for_training, restore
 from .model.blocks_scratch_gpt import (
     GELU,
     FeedForward,
@@ -51,6 +51,8 @@ __all__ = [
     "ScratchGPTTokenizer",
     "TransformerBlock",
     "optimize_for_generation",
+    "optimize_for_training",
+    "restore",
 ]
 
 AutoConfig.register("scratch_gpt", ScratchGPTConfig, exist_ok=True)

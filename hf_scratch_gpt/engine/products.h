@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-namespace {  // one file includes this
+namespace {  // one file is compiled
 
 using BFloat16 = uint16_t;  // the upper half of a float's bits
 

@@ -1,34 +1,25 @@
-"""The head of a model in eight bits, to find the word that scores highest without reading it all.
+"""The head of a model in eight bits, to find the best token without reading all of the head.
 
-A model that writes one text reads all its weights for each token; of GPT-2's 124 million, 31 % are
-the head's. Greedy search wants to know one thing of it only, which word is best.
+A model that writes one text reads all its weights for each token; of the 124 million of GPT-2,
+31 % are the head's, and greedy search asks only which token is best. A step takes 0.8 to 0.9 of
+the time.
 """
 
-# V words, C hidden
+# V vocabulary, C hidden
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import nn
 
 from .packed import Original
-from .products import DTYPES, Product
+from .products import DTYPES, INTEGER, POINTER, Product, structure
 
 _PIECE = 2**17  # numbers that are rounded at a time, which a cache holds
-_SMALLEST = 1e-30  # that a row's largest number counts as, at least
-_MOST = 1 / 4  # of the rows: if more of them are read after all, little is gained or nothing
+_SMALLEST = 1e-30  # what the largest number of a row counts as, at least
+_MOST = 1 / 4  # of the rows: if more of them are read after all, little or nothing is gained
 
-
-class Rough(ctypes.Structure):
-    """The C++'s structure of the same name."""
-
-    _fields_ = (
-        ("product", Product),
-        ("errors", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("most", ctypes.c_int64),
-    )
+Rough = structure("Rough", product=Product, errors=POINTER, lengths=POINTER, most=INTEGER)
 
 
 class RoughHead:
@@ -54,15 +45,12 @@ class RoughHead:
         """Whether it was made of `weight`, which has not changed, and no row has been replaced."""
         return self._original.is_still(weight) and torch.equal(self._column, weight[:, 0])
 
-    def structure(self) -> Rough:
+    def as_structure(self) -> Any:
         """For the C++; it points into this object."""
         rows, columns = self.weight.shape
-        return Rough(
-            product=Product(self.weight.data_ptr(), self.scale.data_ptr(), None, rows, columns),
-            errors=self.errors.data_ptr(),
-            lengths=self.lengths.data_ptr(),
-            most=int(rows * _MOST),
-        )
+        product = Product(self.weight.data_ptr(), self.scale.data_ptr(), None, rows, columns)
+        errors, lengths = self.errors.data_ptr(), self.lengths.data_ptr()
+        return Rough(product, errors, lengths, int(rows * _MOST))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoughHead":
         """That of the weight's copy; they share the numbers."""
@@ -92,18 +80,15 @@ def _rounded(
     return rounded.to(torch.int8), scale, error.float() * 1.001 + 1e-24, length.float() * 1.001
 
 
-def keep_rough(head: nn.Linear) -> RoughHead | None:
+def keep_rough(head: nn.Linear) -> None:
     """Make that of `head`, and keep it there.
 
-    Not if it has a bias, another data type, or numbers that are infinite, none or too large.
+    Not if it has a bias, another data type, or numbers that are NaN, infinite or too large.
     """
-    if head.bias is not None or head.weight.dtype not in DTYPES:
-        return None
-    rough = RoughHead(head.weight)
-    if not bool(rough.errors.isfinite().all()):
-        return None
-    head.rough = rough
-    return rough
+    if head.bias is None and head.weight.dtype in DTYPES:
+        rough = RoughHead(head.weight)
+        if bool(rough.errors.isfinite().all()):
+            head.rough = rough
 
 
 def rough_of(head: nn.Linear) -> RoughHead | None:

@@ -9,10 +9,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
-from hf_scratch_gpt.engine.half import is_slow
-from hf_scratch_gpt.engine.one_token import ATTENTION, OneToken
 
-from ..models import SMALL_CACHE, random_ids, random_model
+from ..models import SMALL_CACHE, random_gpt2, random_ids, random_model
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +30,6 @@ def write(model, ids, count=12, **arguments):
     )
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """One entry for each token that the C++ reads."""
-    taken, read = [], OneToken._read
-    monkeypatch.setattr(OneToken, "_read", lambda *given: taken.append(1) or read(*given))
-    return taken
-
-
 WAYS = {
     "greedy": dict(do_sample=False),
     "sampling": dict(do_sample=True, top_k=20),
@@ -54,19 +44,12 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_ids(models, way, steps):
-    ids = random_ids(1, 7)
+    ids = random_ids(1, 1 if way == "greedy" else 7)
     before, after = (write(model, ids, **WAYS[way]) for model in models)
     assert after.tolist() == before.tolist()
-    assert after.shape[1] > 7
+    assert after.shape[1] > ids.shape[1]
     by_steps = ("greedy", "sampling", "repetition penalty")
     assert len(steps) == (11 if way in by_steps else 0)
-
-
-@pytest.mark.parametrize("length", [1, 2, 9, 20])
-def test_other_prompts(models, length):
-    ids = random_ids(1, length)
-    before, after = (write(model, ids, do_sample=False) for model in models)
-    assert after.tolist() == before.tolist()
 
 
 def test_models_side_by_side(models):
@@ -166,9 +149,49 @@ def test_end_of_text_and_streamer(models):
         def end(self):
             self.seen.append("end")
 
-    watcher = Watcher()
-    write(models[1], ids, do_sample=False, streamer=watcher)
-    assert watcher.seen == [*whole[0].tolist(), "end"]
+    for ways in (dict(), dict(use_cache=False)):
+        watcher = Watcher()
+        write(models[1], ids, do_sample=False, streamer=watcher, **ways)
+        assert watcher.seen == [*whole[0].tolist(), "end"]
+
+
+def test_stopping_and_a_loop_of_the_callers(models, steps):
+    """A criterion of the caller's is asked as before; a loop of the caller's is left alone."""
+    ids = random_ids(1, 6)
+    stop = [lambda ids, scores: torch.tensor([ids.shape[1] >= 9])]
+    before, after = (write(m, ids, do_sample=False, stopping_criteria=stop) for m in models)
+    assert after.tolist() == before.tolist()
+    assert after.shape == (1, 9)
+    assert len(steps) == 2
+    assert write(models[1], ids, custom_generate=lambda model, ids, **kwargs: ids) is ids
+
+
+def test_padding_that_generate_finds_by_itself(models, steps):
+    """Without a mask, transformers takes the padding token for padding."""
+    ids = random_ids(1, 6)
+    ids[0, :2] = 96
+    arguments = dict(max_new_tokens=4, do_sample=False, pad_token_id=96, eos_token_id=5)
+    before, after = (model.generate(ids, **arguments) for model in models)
+    assert after.tolist() == before.tolist()
+    assert not steps
+    before, after = (model.generate(max_new_tokens=4, do_sample=False) for model in models)
+    assert after.tolist() == before.tolist()
+
+
+def test_settings_of_the_model_count(models, steps):
+    ids = random_ids(1, 6)
+    for model in models:
+        model.generation_config.num_beams = 2
+    before, after = (write(model, ids) for model in models)
+    for model in models:
+        model.generation_config.num_beams = None
+    assert after.tolist() == before.tolist()
+    assert not steps
+    given = GenerationConfig(do_sample=False, max_new_tokens=3, pad_token_id=0)
+    mask = torch.ones_like(ids)
+    before, after = (model.generate(ids, given, attention_mask=mask) for model in models)
+    assert after.tolist() == before.tolist()
+    assert len(steps) == 2
 
 
 def test_dictionaries_and_positions_given(models):
@@ -199,14 +222,9 @@ def test_logits_of_a_text(models):
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("has_unit", [True, False])
-def test_bfloat16(has_unit, monkeypatch):
-    """Beside a matrix unit, or without instructions for it, attention stays torch's."""
-    monkeypatch.setattr("hf_scratch_gpt.engine.generation.HAS_MATRIX_UNIT", has_unit)
+def test_bfloat16():
     model = random_model(ScratchGPTForCausalLM).eval().to(torch.bfloat16)
     fast = optimize_for_generation(copy.deepcopy(model))
-    of_torch = has_unit or is_slow(torch.bfloat16)
-    assert fast.config._attn_implementation == ("sdpa" if of_torch else ATTENTION)
     ids = random_ids(1, 6)
     after = write(fast, ids, do_sample=False)
     # Rounding may choose another token where two are as good; the scores say so.
@@ -226,13 +244,15 @@ def test_saves_as_before(models, tmp_path):
 
 
 def test_errors(models):
-    with pytest.raises(ValueError, match="optimized already"):
+    with pytest.raises(ValueError, match=r"optimized already; call restore\(model\)"):
         optimize_for_generation(models[1])
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is not a model of hf_scratch_gpt"):
+        optimize_for_generation(random_gpt2())
     with pytest.raises(ValueError, match="training mode"):
         optimize_for_generation(random_model(ScratchGPTForCausalLM).train())
     with pytest.raises(ValueError, match="cannot generate"):
         optimize_for_generation(ScratchGPTModel(models[0].config).eval())
-    with pytest.raises(ValueError, match="'int3' is no format; give one of int8, int4, fp8"):
+    with pytest.raises(ValueError, match="'int3' is not a format; give one of int8, int4, fp8"):
         optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int3")
     with pytest.raises(ValueError, match="'int4' needs a GPU; give 'int8'"):
         optimize_for_generation(random_model(ScratchGPTForCausalLM).eval(), weights="int4")
@@ -409,9 +429,8 @@ def test_a_model_that_is_converted_has_new_memory(steps):
     assert len(steps) == 33
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_continuous_batching(dtype):
-    model = random_model(ScratchGPTForCausalLM).eval().to(dtype)
+def test_continuous_batching():
+    model = random_model(ScratchGPTForCausalLM).eval()
     prompts = [random_ids(1, length)[0].tolist() for length in (3, 5)]
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     before, after = (
@@ -421,5 +440,4 @@ def test_continuous_batching(dtype):
         ]
         for each in (model, optimize_for_generation(copy.deepcopy(model)))
     )
-    assert [len(tokens) for tokens in after] == [4, 4]
-    assert after == before or dtype == torch.bfloat16
+    assert after == before

@@ -1,0 +1,244 @@
+"""Exchange parts of one model for faster ones, by one table, and put them back.
+
+`optimize_for_generation(model)`, `optimize_for_training(model)`, `restore(model)`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from .compiling import compiled
+from .generation import FastGeneration, Optimized
+from .int8 import Int8Linear
+from .one_token import can_compute
+from .packed import PackedFeedForward, PackedLinear
+from .products import fastest_way
+from .rough_head import keep_rough
+from .training import IN_FLOAT32, LeanAttention, LeanFeedForward, LeanLinear, LossInPieces
+
+# Classes whose mathematics the engine knows, and what goes before them for generation and for
+# training. Ours stand by file and name, as a saved folder brings its own copy of the model's code.
+_TABLE: dict[str | type, tuple[type | None, type | None]] = {
+    "modeling_scratch_gpt.ScratchGPTForCausalLM": (FastGeneration, LossInPieces),
+    "modeling_scratch_gpt.ScratchGPTModel": (None, None),
+    "blocks_scratch_gpt.TransformerBlock": (None, None),
+    "blocks_scratch_gpt.MultiHeadAttention": (None, LeanAttention),
+    "blocks_scratch_gpt.FeedForward": (PackedFeedForward, LeanFeedForward),
+    "blocks_scratch_gpt.LayerNorm": (None, None),
+    "blocks_scratch_gpt.GELU": (None, None),
+    nn.Linear: (PackedLinear, LeanLinear),
+    nn.Embedding: (None, None),
+    nn.Dropout: (None, None),
+    nn.ModuleList: (None, None),
+}
+_GENERATION, _TRAINING = range(2)
+# Formats of weights, and what torchao calls them.
+FORMATS = {
+    "int8": "Int8WeightOnlyConfig",
+    "int4": "Int4WeightOnlyConfig",
+    "fp8": "Float8WeightOnlyConfig",
+}
+
+
+def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) -> PreTrainedModel:
+    """Change `model`, a language model of ours, so that its `generate` runs at its fastest.
+
+    On a CPU, one text at a time is written by a step in C++. It is compiled in two or three seconds
+    and kept in the user's cache folder for the next process. Prompts, several texts at once and
+    whatever else `generate` can do use weights packed for oneDNN, which take as much memory again.
+    Greedy search in float32 and bfloat16 looks for the best token in a copy of the head in eight
+    bits, and reads the head itself only where that leaves doubt. On a GPU, transformers compiles
+    its step into CUDA graphs at the first call, for each number of texts anew.
+
+    The outputs are those of before, up to the order in which sums are rounded. Change weights, add
+    adapters, choose data type and device before, not afterwards, and pickle nothing; a weight that
+    is replaced or changed all the same is used unpacked, but a change of a few of its numbers by
+    way of its `data` goes unseen. A text goes the ordinary way if the C++ would not give the same:
+    with hooks, adapters, an activation that is not GELU, padding, or in float16.
+
+    Args:
+        model: in evaluation mode, on its device and in its data type.
+        weights: a format to keep the weights of linear layers in. "int8" takes a byte a number and
+            one scale for each row; "int4" and "fp8" are for GPUs, where all are torchao's.
+
+    Returns:
+        `model`. `restore(model)` makes it as it was, unless `weights` are given.
+
+    Raises:
+        ValueError: `weights` is not a format, or not one for the device; the model is not ours, is
+            in training mode, cannot generate, or is optimized already.
+        ImportError: torchao is missing.
+        FileNotFoundError: a C++ compiler is missing.
+        RuntimeError: the compiler fails.
+    """
+    _check_for_generation(model, weights)
+    generation: dict[str, Any] = {}
+    if model.device.type == "cpu":
+        compiled()
+        _exchange(model, _GENERATION, Int8Linear if weights else None)
+        if isinstance(model.lm_head, PackedLinear):
+            keep_rough(model.lm_head)
+    else:
+        if weights is not None:
+            _quantize(model, weights)
+        # transformers compiles steps over such a cache by itself
+        settings, room = vars(model.generation_config), model.config.max_position_embeddings
+        static = {"cache_implementation": "static", "max_cache_len": room}
+        generation = {name: settings.get(name) for name in static}
+        settings.update(static)
+    if not isinstance(model, FastGeneration):
+        model.__class__ = _before_class(FastGeneration, type(model))
+    known = known_classes(model)
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    way = fastest_way(layers) if can_compute(model, known) else 0
+    attention = model.config._attn_implementation
+    model.optimized = Optimized(attention, known, way, weights, generation)
+    return model
+
+
+def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
+    """Change `model`, one of ours, so that it learns faster and in less memory on a CPU.
+
+    What is kept for the backward pass is less, a loss in pieces (`config.chunked_loss`) is computed
+    by a loop of ours, and half precision that the CPU has no instructions for is multiplied in
+    float32. Outputs and gradients are those of before, up to rounding. On other devices nothing
+    changes. Do it before adapters are added; `torch.func` needs a model that is not optimized.
+
+    Returns:
+        `model`. `restore(model)` makes it as it was.
+
+    Raises:
+        ValueError: the model is not ours, or is optimized already.
+    """
+    _check(model)
+    if model.device.type != "cpu":
+        return model
+    attention = model.config._attn_implementation
+    _exchange(model, _TRAINING)
+    if attention in IN_FLOAT32:
+        model.set_attn_implementation(IN_FLOAT32[attention])
+    model.optimized = Optimized(attention)
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Make an optimized `model` what it was: its classes, its attention, its generation config.
+
+    Returns:
+        `model`, as it is now if it is not optimized.
+
+    Raises:
+        ValueError: its weights were quantized.
+    """
+    optimized: Optimized | None = getattr(model, "optimized", None)
+    if optimized is None:
+        return model
+    if optimized.weight_format is not None:
+        raise ValueError(
+            f"weights in {optimized.weight_format} cannot be restored; load the model again"
+        )
+    for part in model.modules():
+        kind = getattr(type(part), "replaced_class", None)
+        if kind is not None:
+            vars(part).pop("packed", None)
+            vars(part).pop("rough", None)
+            part.__class__ = kind
+    model.set_attn_implementation(optimized.attention)
+    for name, value in optimized.generation.items():
+        setattr(model.generation_config, name, value)
+    del model.optimized
+    return model
+
+
+def _check(model: Any) -> None:
+    if getattr(model, "optimized", None) is not None:
+        raise ValueError("the model is optimized already; call restore(model) or load it again")
+    if not any(_is_ours(type(part)) for part in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is not a model of hf_scratch_gpt; load its weights with "
+            "ScratchGPTForCausalLM.from_pretrained"
+        )
+
+
+def _check_for_generation(model: Any, weights: str | None) -> None:
+    if not isinstance(model, GenerationMixin):
+        if hasattr(model, "get_base_model"):  # PEFT's
+            raise ValueError(
+                f"{type(model).__name__} holds the model apart; give model.merge_and_unload(), or "
+                "model.get_base_model()"
+            )
+        raise ValueError(f"{type(model).__name__} cannot generate; give a language model")
+    _check(model)
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+    if weights is not None and weights not in FORMATS:
+        raise ValueError(f"weights={weights!r} is not a format; give one of {', '.join(FORMATS)}")
+    if model.device.type == "meta":
+        raise ValueError("the model is on the device meta, without numbers; load its weights first")
+    if model.device.type == "cpu" and weights not in (None, "int8"):
+        raise ValueError(f"weights={weights!r} needs a GPU; give 'int8' on a CPU")
+
+
+def _row(kind: type) -> tuple[type | None, type | None] | None:
+    """The row of the table for a class, or for what it was before an exchange."""
+    kind = getattr(kind, "replaced_class", kind)
+    return _TABLE.get(kind) or _TABLE.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
+
+
+def known_classes(model: nn.Module) -> frozenset[type]:
+    """The classes of the parts of `model` whose mathematics the engine knows."""
+    return frozenset(type(part) for part in model.modules() if _row(type(part)))
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether a class is one of the model's, or derived from one."""
+    return any(_row(each) and each not in _TABLE for each in kind.__mro__)
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """Parts of `model` to exchange: ours, and the linear layers that ours hold.
+
+    An adapter's layers, those that it wraps, and whatever else there is, stay as they are.
+    """
+    for module in list(model.modules()):
+        if _is_ours(type(module)):
+            yield module
+            yield from (child for child in module.children() if type(child) is nn.Linear)
+
+
+def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> None:
+    """Exchange all parts of `model` that the table has better ones for; `linear` for its own."""
+    part: Any
+    for part in list(_parts(model)):
+        faster = (_row(type(part)) or (None, None))[purpose]
+        is_linear = type(part) is nn.Linear
+        has_own_tensor = is_linear and type(part.weight) is not nn.Parameter
+        if faster is not None and "forward" not in vars(part) and not has_own_tensor:
+            faster = linear if is_linear and linear else faster
+            part.__class__ = _before_class(faster, type(part))
+            if hasattr(part, "prepare"):
+                part.prepare()
+
+
+_made: dict[tuple[type, type], type] = {}
+
+
+def _before_class(faster: type, kind: type) -> type:
+    """`faster` before `kind`, under the name of `kind`: it is saved, and tools look for it."""
+    members = {"__module__": kind.__module__, "replaced_class": kind}
+    if (faster, kind) not in _made:
+        _made[faster, kind] = type(kind.__name__, (faster, kind), members)
+    return _made[faster, kind]
+
+
+def _quantize(model: PreTrainedModel, weights: str) -> None:
+    """Keep the weights of linear layers in torchao's format `weights`."""
+    try:
+        from torchao import quantization
+    except ImportError:
+        raise ImportError(
+            f"weights={weights!r} needs torchao on a GPU; pip install torchao"
+        ) from None
+    quantization.quantize_(model, getattr(quantization, FORMATS[weights])())

@@ -1,0 +1,172 @@
+"""Layers that are packed or in int8 give what those they replace give."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_scratch_gpt import FeedForward, ScratchGPTConfig
+from hf_scratch_gpt.engine import half, packed
+from hf_scratch_gpt.engine.half import is_slow
+from hf_scratch_gpt.engine.int8 import Int8Linear
+from hf_scratch_gpt.engine.packed import PackedFeedForward, PackedLinear
+from hf_scratch_gpt.engine.swap import _before_class
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def exchange(module, faster):
+    module.__class__ = _before_class(faster, type(module))
+    if hasattr(module, "prepare"):
+        module.prepare()
+    return module
+
+
+def layer(dtype=torch.float32, bias=True, faster=PackedLinear):
+    return exchange(torch.nn.Linear(48, 80, bias=bias).to(dtype), faster)
+
+
+def in_float64(linear, x):
+    bias = 0 if linear.bias is None else linear.bias.double()
+    return x.double() @ linear.weight.double().T + bias
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 1, 48), (3, 5, 48), (0, 48)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_product(dtype, shape, bias):
+    linear, x = layer(dtype, bias), torch.randn(shape, dtype=dtype)
+    y = linear(x)
+    assert y.dtype == dtype
+    close = dict(atol=DTYPES[dtype], rtol=DTYPES[dtype])
+    torch.testing.assert_close(y.double(), in_float64(linear, x), **close)
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+@torch.no_grad()
+def test_slow_half_precision_in_pieces(monkeypatch, is_ahead):
+    """No more of a matrix is in float32 at a time than is good for the cache."""
+    monkeypatch.setattr(half, "_SLOW_DTYPES", frozenset([torch.bfloat16]))
+    monkeypatch.setattr(half, "_IS_AHEAD", is_ahead)
+    monkeypatch.setattr(half, "_PIECE", 1000)
+    sizes, multiply = [], half.multiply
+    monkeypatch.setattr(
+        half, "multiply", lambda x, w, b: sizes.append(w.numel()) or multiply(x, w, b)
+    )
+    linear = layer(torch.bfloat16)
+    for rows, expected in ((5, [960] * 4), (3, [])):
+        x = torch.randn(rows, 48).bfloat16()
+        sizes.clear()
+        torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=2e-2, rtol=2e-2)
+        assert sizes == expected
+
+
+@torch.no_grad()
+def test_what_is_left_to_torch():
+    """What traces, watches or casts sees torch's product; so do gradients and strided weights."""
+    linear, x = layer(), torch.randn(4, 48)
+    expected = in_float64(linear, x).float()
+    assert linear.is_packed_for(x)
+    with FlopCounterMode(display=False) as counter:
+        linear(x)
+    assert counter.get_total_flops() == 2 * 4 * 48 * 80
+    exported = torch.export.export(linear, (x,))
+    assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), expected)
+    torch.testing.assert_close(torch.compile(linear, backend="eager", fullgraph=True)(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x).dtype == torch.bfloat16
+    with torch.enable_grad():
+        linear(x).sum().backward()
+    torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(80, 48))
+    linear.bias.data = torch.randn(80, 3)[:, 1]
+    torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_copies_share_what_is_packed():
+    linear, x = layer(), torch.randn(3, 48)
+    copied = copy.deepcopy(linear)
+    assert copied.packed.weight is linear.packed.weight
+    assert linear.is_packed_for(x)
+    assert copied.is_packed_for(x)
+    copied.weight.mul_(2)
+    assert linear.is_packed_for(x)
+    assert not copied.is_packed_for(x)
+    assert not copy.deepcopy(copied).is_packed_for(x)
+    torch.testing.assert_close(copied(x) - copied.bias, 2 * (linear(x) - linear.bias))
+
+
+def test_what_is_compared_lies_all_over_a_weight():
+    for weight in (torch.arange(5000.0).view(1000, 5), torch.arange(640.0).view(5, 128).T):
+        sample = packed._sample(weight)
+        places = torch.stack([(weight == number).nonzero()[0] for number in sample])
+        for along, size in zip(places.T.tolist(), weight.shape, strict=True):
+            assert len(set(along)) == len(along) == 5
+            assert max(along) >= 0.7 * size
+
+
+@pytest.mark.parametrize("form", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_feed_forward(dtype, form):
+    config = ScratchGPTConfig(n_embd=48, n_head=4, activation_function=form)
+    mlp = FeedForward(config).eval().to(dtype)
+    x = torch.randn(2, 5, 48, dtype=dtype)
+    exact = copy.deepcopy(mlp).double()(x.double())
+    for part in (mlp.up_proj, mlp.down_proj):
+        exchange(part, PackedLinear)
+    exchange(mlp, PackedFeedForward)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(mlp(x).double(), exact, atol=tolerance, rtol=tolerance)
+    mlp.activation.register_forward_hook(lambda module, args, output: 0 * output)
+    assert torch.equal(mlp(x), mlp.down_proj(torch.zeros(2, 5, 192, dtype=dtype)))
+
+
+@torch.no_grad()
+def test_feed_forward_computes_gelu_inside_the_product(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda *args, **kwargs: 1 / 0)
+    mlp = FeedForward(ScratchGPTConfig(n_embd=48, n_head=4)).eval()
+    with pytest.raises(ZeroDivisionError):
+        mlp(torch.randn(2, 48))
+    exchange(mlp.up_proj, PackedLinear)
+    assert exchange(mlp, PackedFeedForward)(torch.randn(2, 48)).shape == (2, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_int8_turned_back_in_pieces(monkeypatch, dtype):
+    monkeypatch.setattr("hf_scratch_gpt.engine.int8._PIECE", 1000)
+    linear = torch.nn.Linear(48, 100).to(dtype)
+    linear.weight[7] = 0
+    exact = copy.deepcopy(linear)
+    exchange(linear, Int8Linear)
+    assert linear.weight.dtype == torch.int8
+    rebuilt = linear.weight * linear.weight_scale[:, None]
+    assert ((rebuilt - exact.weight).abs() <= 0.5001 * linear.weight_scale[:, None]).all()
+    x = torch.randn(2, 3, 48).to(dtype)
+    close = {} if dtype == torch.float32 else dict(atol=2e-2, rtol=2e-2)
+    expected = (x.float() @ rebuilt.T.float() + linear.bias.float()).to(dtype)
+    torch.testing.assert_close(linear(x), expected, **close)
+
+
+@pytest.mark.usefixtures("slow_half")
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_int8_in_half_precision(kind):
+    """In float16 a product without its scale would overflow."""
+    linear = torch.nn.Linear(3072, 8).to(kind)
+    linear.weight.copy_(torch.rand(8, 3072) * 0.02)
+    x, exact = torch.full((1, 3072), 2.0).to(kind), copy.deepcopy(linear).float()
+    y = exchange(linear, Int8Linear)(x)
+    assert y.dtype == kind
+    torch.testing.assert_close(y.float(), exact(x.float()), atol=0.1, rtol=0.01)
+
+
+def test_slow_types_are_not_packed():
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    packs = {dtype: layer(dtype).packed is not None for dtype in dtypes}
+    of_bfloat16 = not is_slow(torch.bfloat16)
+    assert list(packs.values()) == [True, of_bfloat16 and packs[torch.bfloat16], False, False]

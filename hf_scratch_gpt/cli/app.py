@@ -92,7 +92,7 @@ def generate(
     import torch
     from transformers import set_seed
 
-    from ..engine.generation import optimize_for_generation
+    from ..engine.swap import optimize_for_generation
     from ..training.setup import load_model, load_tokenizer
     from ..writing import write
 

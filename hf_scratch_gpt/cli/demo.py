@@ -6,7 +6,6 @@ The text is the English manual that comes with Python (`pydoc_data.topics`), fro
 
 import json
 import random
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -18,7 +17,8 @@ from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from ..checkpoints.convert import convert, open_source
+from ..checkpoints.convert import convert
+from ..checkpoints.readers import open_source
 from ..files import destination
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
@@ -107,10 +107,9 @@ def run_weights(source: str, folder: Path, console: Console) -> None:
     Raises:
         ValueError: the conversion failed.
     """
-    options = Namespace(source=source, format=None, tokenizer=None, num_heads=None, preset=None)
     try:
         out = destination(folder, overwrite=True, sources=[source])
-        console.print("\n".join(convert(open_source(options), out)), soft_wrap=True)
+        console.print("\n".join(convert(open_source(source), out)), soft_wrap=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} was not converted: {error}") from error
     show_writing(folder, "Hello, my name is", console)

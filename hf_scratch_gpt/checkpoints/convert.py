@@ -44,13 +44,12 @@ def convert(
     max_shard_size: str = "50GB",
     check: bool = True,
 ) -> list[str]:
-    """Convert `source` and save it in the folder `out`, which is replaced if it is there.
+    """Convert `source` and save it in the folder `out`, as `files.destination` returns it.
 
     `out` appears all at once, when all is written and compared with the source. A conversion that
     fails or is killed leaves it as it was.
 
     Args:
-        out: as `files.destination` returns it.
         dtype: what to save in; None keeps the source's.
         max_shard_size: largest size of one weight file.
         check: compare the logits of the result with the source's.
@@ -62,8 +61,7 @@ def convert(
         ValueError: a tensor is missing, left over, misshapen or not finite, or the logits differ.
     """
     pieces = plan(source)
-    dtype = dtype or common_dtype(pieces)
-    parameters = num_parameters(pieces)
+    dtype, parameters = dtype or common_dtype(pieces), num_parameters(pieces)
     report = list(_read_and_dropped(source))
     with torch.device("meta"):
         model = ScratchGPTForCausalLM(source.config).to(dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_scratch_gpt import ScratchGPTConfig
-from hf_scratch_gpt.checkpoints.convert import main as convert
+from hf_scratch_gpt.checkpoints.commands import convert_command as convert
 from hf_scratch_gpt.sizing import count_parameters
 
 ROOT = Path(__file__).parent.parent

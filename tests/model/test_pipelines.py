@@ -11,7 +11,7 @@ from hf_scratch_gpt import (
     ScratchGPTModel,
     ScratchGPTTokenizer,
 )
-from hf_scratch_gpt.checkpoints.convert import main as convert
+from hf_scratch_gpt.checkpoints.commands import convert_command as convert
 
 TEXTS = ["The cat", "A longer text, with a mat"]
 

@@ -18,7 +18,7 @@ from hf_scratch_gpt import (
     ScratchGPTForTokenClassification,
     ScratchGPTModel,
 )
-from hf_scratch_gpt.checkpoints.convert import main as convert
+from hf_scratch_gpt.checkpoints.commands import convert_command as convert
 
 from ..models import random_model
 

@@ -247,7 +247,7 @@ def _engine(trainer: Trainer) -> Iterator[None]:
     if not on_cpu or arguments.torch_compile or not isinstance(model, ScratchGPTForCausalLM):
         yield
         return
-    optimize_for_training(model)
+    optimize_for_training(restore(model))  # the caller may have optimized it for generation
     try:
         yield
     finally:

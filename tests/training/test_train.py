@@ -191,7 +191,7 @@ class Signals(TrainerCallback):
 def test_a_signal_stops_with_a_checkpoint_to_go_on_from(number, strategy, run, logged_warnings):
     options = dict(
         overrides={**TINY, "drop_rate": 0.1},
-        max_steps=20,
+        max_steps=10,
         per_device_train_batch_size=8,
         save_strategy=strategy,
         eval_strategy=strategy,
@@ -209,7 +209,7 @@ def test_a_signal_stops_with_a_checkpoint_to_go_on_from(number, strategy, run, l
         "Stopping after this step, with a checkpoint; Ctrl-C again ends at once"
     ]
     result = run(**options)
-    assert (result.interrupted, result.steps, result.went_on_from) == (False, 20, 3)
+    assert (result.interrupted, result.steps, result.went_on_from) == (False, 10, 3)
     whole = run("whole", **options)
     for name in ("loss", "eval_loss"):
         assert values(result.history, name) == values(whole.history, name)
@@ -278,13 +278,13 @@ def test_a_run_killed_behind_its_last_step_takes_no_other(run):
 
 
 def test_only_the_last_checkpoints_are_kept(run, tmp_path):
-    run(save_steps=1, save_total_limit=3)
+    run(max_steps=4, save_steps=1, save_total_limit=3)
     kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
-    assert kept == {"checkpoint-4", "checkpoint-5", "checkpoint-6"}
+    assert kept == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
     options = dict(save_steps=1, eval_steps=1, save_total_limit=1, load_best_model_at_end=True)
-    best = run("best", learning_rate=0.0, **options)
+    best = run("best", max_steps=3, learning_rate=0.0, **options)
     kept = {path.name for path in best.folder.glob("checkpoint-*")}
-    assert kept == {"checkpoint-1", "checkpoint-6"}
+    assert kept == {"checkpoint-1", "checkpoint-3"}
 
 
 def test_what_does_not_fit_is_said_before_anything_is_done(run, text, tmp_path):
@@ -322,9 +322,11 @@ class Engine:
 
     def optimize_for_training(self, model):
         self.done.append(("optimize", type(model), self.is_saved()))
+        return model
 
     def restore(self, model):
         self.done.append(("restore", type(model), self.is_saved()))
+        return model
 
     def is_saved(self):
         return (self.folder / "model.safetensors").exists()
@@ -334,7 +336,7 @@ def test_a_cpu_trains_by_the_engine_which_is_not_saved(run, tmp_path, monkeypatc
     engine = Engine(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "hf_scratch_gpt.engine.swap", engine)
     run(max_steps=2)
-    names = [(name, ScratchGPTForCausalLM, False) for name in ("optimize", "restore")]
+    names = [(name, ScratchGPTForCausalLM, False) for name in ("restore", "optimize", "restore")]
     assert engine.done == names
     assert engine.is_saved()
 

@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_scratch_gpt import FeedForward, ScratchGPTConfig
 from hf_scratch_gpt.engine import half, packed
 from hf_scratch_gpt.engine.half import is_slow
-from hf_scratch_gpt.engine.int8 import Int8Linear
-from hf_scratch_gpt.engine.packed import PackedFeedForward, PackedLinear
+from hf_scratch_gpt.engine.packed import Int8Linear, PackedFeedForward, PackedLinear
 from hf_scratch_gpt.engine.swap import _before_class
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -138,7 +137,7 @@ def test_feed_forward_computes_gelu_inside_the_product(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_int8_turned_back_in_pieces(monkeypatch, dtype):
-    monkeypatch.setattr("hf_scratch_gpt.engine.int8._PIECE", 1000)
+    monkeypatch.setattr("hf_scratch_gpt.engine.packed._PIECE", 1000)
     linear = torch.nn.Linear(48, 100).to(dtype)
     linear.weight[7] = 0
     exact = copy.deepcopy(linear)

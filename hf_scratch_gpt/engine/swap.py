@@ -120,7 +120,7 @@ def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Make an optimized `model` what it was: its classes, its attention, its generation config.
 
-    Returns `model`, unchanged if it is not optimized. A ValueError says that weights were quantized.
+    Returns `model`, unchanged if it is not optimized; a ValueError if its weights were quantized.
     """
     optimized: Optimized | None = getattr(model, "optimized", None)
     if optimized is None:
@@ -153,22 +153,23 @@ def _check(model: Any) -> None:
 
 
 def _check_for_generation(model: Any, weights: str | None) -> None:
+    remedy, kind = None, type(model).__name__
     if not isinstance(model, GenerationMixin):
+        remedy = f"{kind} cannot generate; give a language model"
         if hasattr(model, "get_base_model"):  # PEFT's
-            raise ValueError(
-                f"{type(model).__name__} holds the model apart; give model.merge_and_unload(), or "
-                "model.get_base_model()"
-            )
-        raise ValueError(f"{type(model).__name__} cannot generate; give a language model")
+            remedy = f"{kind} holds the model apart; give model.merge_and_unload(), or "
+            remedy += "model.get_base_model()"
+    elif model.training:
+        remedy = "the model is in training mode; call model.eval() first"
+    elif weights is not None and weights not in FORMATS:
+        remedy = f"weights={weights!r} is not a format; give one of {', '.join(FORMATS)}"
+    elif model.device.type == "meta":
+        remedy = "the model is on the device meta, without numbers; load its weights first"
+    elif model.device.type == "cpu" and weights not in (None, "int8"):
+        remedy = f"weights={weights!r} needs a GPU; give 'int8' on a CPU"
+    if remedy is not None:
+        raise ValueError(remedy)
     _check(model)
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
-    if weights is not None and weights not in FORMATS:
-        raise ValueError(f"weights={weights!r} is not a format; give one of {', '.join(FORMATS)}")
-    if model.device.type == "meta":
-        raise ValueError("the model is on the device meta, without numbers; load its weights first")
-    if model.device.type == "cpu" and weights not in (None, "int8"):
-        raise ValueError(f"weights={weights!r} needs a GPU; give 'int8' on a CPU")
 
 
 def _row(kind: type) -> tuple[type | None, type | None] | None:
@@ -203,10 +204,9 @@ def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> Non
     part: Any
     for part in list(_parts(model)):
         faster = (_row(type(part)) or (None, None))[purpose]
-        is_linear = type(part) is nn.Linear
-        has_own_tensor = is_linear and type(part.weight) is not nn.Parameter
-        if faster is not None and "forward" not in vars(part) and not has_own_tensor:
-            faster = linear if is_linear and linear else faster
+        if type(part) is nn.Linear:
+            faster = (linear or faster) if type(part.weight) is nn.Parameter else None
+        if faster is not None and "forward" not in vars(part):
             part.__class__ = _before_class(faster, type(part))
             if hasattr(part, "prepare"):
                 part.prepare()

@@ -18,8 +18,10 @@ from transformers.generation.streamers import BaseStreamer
 from .one_token import OneToken, best_word, can_compute
 
 # What `generate` does not hand to a loop that it is given, and caches, which the C++ does not fill.
-_FOR_OTHER_LOOPS = ("custom_generate", "assistant_model", "synced_gpus", "tokenizer")
-_FOR_OTHER_LOOPS += ("cache", "past_key_values", "cache_params")
+_FOR_OTHER_LOOPS = (
+    *("custom_generate", "assistant_model", "synced_gpus", "tokenizer"),
+    *("cache", "past_key_values", "cache_params"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class _Unsuited(Exception):
 
 
 class FastGeneration(GenerationMixin):
-    """Goes before a language model's own class: 2.5 to 3 times as fast as that, of one text."""
+    """Goes before a language model's own class: of one text 1.7 to 3.2 times as fast."""
 
     optimized: Optimized
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .half import by_float32, is_inference, is_ordinary, is_slow, multiply, needs_float32
-from .private_ops import has_onednn, is_watched, onednn_linear, onednn_supports, pack, version_of
+from .half import IS_X86, by_float32, is_inference, is_ordinary, is_slow, multiply, needs_float32
+from .private_ops import has_onednn, is_watched, onednn_linear, pack, version_of
 
 _SAMPLED = 64  # numbers of a weight that are compared
 _PIECE = 2**22  # numbers that are turned back from int8 at a time
@@ -81,12 +81,9 @@ class PackedLinear(nn.Linear):
 
     def prepare(self) -> None:
         """Pack the weight, if oneDNN is there and multiplies its type."""
-        dtype = self.weight.dtype
-        can_pack = dtype == torch.float32 or (
-            dtype == torch.bfloat16 and not is_slow(dtype) and onednn_supports(dtype)
-        )
-        packed = Packed(self.weight) if can_pack and has_onednn() else None
-        self.packed = packed
+        is_half = self.weight.dtype == torch.bfloat16 and IS_X86 and not is_slow(torch.bfloat16)
+        can_pack = has_onednn() and (self.weight.dtype == torch.float32 or is_half)
+        self.packed = Packed(self.weight) if can_pack else None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""

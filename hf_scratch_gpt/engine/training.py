@@ -24,7 +24,7 @@ from ..model.blocks_scratch_gpt import masked_attention
 from .half import HAS_MATRIX_UNIT, is_onednn_ahead, is_ordinary, is_slow, multiplied_as, multiply
 from .loss import causal_loss, product_dtype
 from .packed import fused_gelu
-from .private_ops import as_new_tensor, gelu_backward, is_watched
+from .private_ops import as_new_tensor, is_watched
 
 _ROWS = 2**11 if HAS_MATRIX_UNIT else 2**9  # vectors that GELU is applied to at a time
 
@@ -76,11 +76,7 @@ class _OwnProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        gelu: str | None,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None
     ) -> torch.Tensor:
         """The product (..., D); shapes and `gelu` as `own_product` takes them."""
         # A frozen weight needs no `x` for its gradient.
@@ -142,14 +138,18 @@ def _gradients(
     for start in range(0, len(grad), size):
         rows = slice(start, start + size)
         of_rows = grad[rows].to(dtype)
-        into: Any = None if x is None else x[rows].to(dtype)
+        with torch.enable_grad():
+            given: Any = None if x is None else x[rows].to(dtype).detach().requires_grad_()
+            activated: Any = None if x is None else _activated(given, gelu)
         if grad_weight is not None:
-            grad_weight.addmm_(of_rows.T, _activated(into, gelu))
+            grad_weight.addmm_(of_rows.T, activated.detach())
         if grad_bias is not None:
             grad_bias += of_rows.sum(0)
         if grad_x is not None:
             product = torch.mm(of_rows, factor)
-            grad_x[rows] = product if gelu is None else gelu_backward(product, into, gelu)
+            if gelu is not None:
+                (product,) = torch.autograd.grad(activated, given, product)
+            grad_x[rows] = product
     return grad_x, grad_weight, grad_bias
 
 

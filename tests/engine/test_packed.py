@@ -169,3 +169,13 @@ def test_slow_types_are_not_packed():
     packs = {dtype: layer(dtype).packed is not None for dtype in dtypes}
     of_bfloat16 = not is_slow(torch.bfloat16)
     assert list(packs.values()) == [True, of_bfloat16 and packs[torch.bfloat16], False, False]
+
+
+@pytest.mark.skipif(not half.IS_X86, reason="torch's private answer is asked for x86 only")
+def test_which_types_are_slow_is_what_onednn_says():
+    """`_is_mkldnn_bf16_supported` and its sibling are private; the engine asks what is public."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    assert {dtype: not is_slow(dtype) for dtype in supported} == supported

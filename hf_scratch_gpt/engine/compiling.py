@@ -42,8 +42,8 @@ def compiled() -> ctypes.CDLL:
     try:
         folder, key = _cache_folder(), _key(compiler)
         return _kept(folder, key) or _compile(compiler, folder, key)
-    # A folder that others may write to, that programs may not be run from, or no way to tell.
-    except (OSError, RuntimeError):
+    # Others may write there, programs may not be run from there, or the system does not tell.
+    except (OSError, RuntimeError, AttributeError):
         return _compile(compiler)
 
 
@@ -52,7 +52,7 @@ def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "hf_scratch_gpt"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    user, found = _user(), folder.lstat()
+    user, found = os.geteuid(), folder.lstat()
     is_private = stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o700
     if not is_private or found.st_uid != user:
         raise PermissionError(f"{folder} is not the user's alone")
@@ -62,12 +62,6 @@ def _cache_folder() -> Path:
         if found.st_uid not in (user, 0) or is_open:
             raise PermissionError(f"{parent} is open to others")
     return folder
-
-
-def _user() -> int:
-    if not hasattr(os, "geteuid"):
-        raise OSError("no owners of files are known on this system")
-    return os.geteuid()
 
 
 def _key(compiler: list[str]) -> str:
@@ -93,7 +87,7 @@ def _kept(folder: Path, key: str) -> ctypes.CDLL | None:
     """What an earlier process has kept; its name ends in a digest of its content."""
     for library in folder.glob(f"{key}-*.so"):
         found = library.lstat()
-        is_own = stat.S_ISREG(found.st_mode) and found.st_uid == _user()
+        is_own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
         if is_own and library.stem == f"{key}-{_digest(library.read_bytes())}":
             return ctypes.CDLL(str(library))
     return None

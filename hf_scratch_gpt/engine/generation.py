@@ -17,35 +17,22 @@ from transformers.generation.streamers import BaseStreamer
 
 from .one_token import OneToken, best_word, can_compute
 
-# Arguments and settings of `generate` that the loop here knows in one form only.
-_USUAL = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "return_dict_in_generate": False,
-    **dict.fromkeys(("cache", "past_key_values", "inputs_embeds", "cache_implementation")),
-    **dict.fromkeys(("custom_generate", "assistant_model", "prompt_lookup_num_tokens")),
-    # transformers does not hand these to a loop that it is given.
-    **dict.fromkeys(("synced_gpus", "tokenizer", "assistant_tokenizer")),
-}
+# What `generate` does not hand to a loop that it is given, and caches, which the C++ does not fill.
+_FOR_OTHER_LOOPS = (
+    *("custom_generate", "assistant_model", "synced_gpus", "tokenizer"),
+    *("cache", "past_key_values", "cache_params"),
+)
 
 
 @dataclass(frozen=True)
 class Optimized:
-    """What an optimized model keeps about itself.
+    """What an optimized model keeps about itself."""
 
-    Args:
-        known: the classes of its parts whose mathematics the C++ knows.
-        way: in which the C++ reads its matrices; see `fastest_way`.
-        weight_format: that of its weights, if they were quantized.
-        attention: its attention implementation before.
-        generation: settings of its generation config before, where they were changed.
-    """
-
-    attention: str | None
-    known: frozenset[type] = frozenset()
-    way: int = 0
-    weight_format: str | None = None
+    attention: str | None  # its attention implementation before
+    known: frozenset[type] = frozenset()  # classes of its parts, which the C++ knows
+    way: int = 0  # in which the C++ reads its matrices; see `fastest_way`
+    weight_format: str | None = None  # if its weights were quantized
+    # Settings of its generation config before, where they were changed.
     generation: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,50 +41,30 @@ class _Unsuited(Exception):
 
 
 class FastGeneration(GenerationMixin):
-    """Goes before a language model's own class: 2.5 to 3 times as fast as that, of one text."""
+    """Goes before a language model's own class: of one text 1.7 to 3.2 times as fast."""
 
     optimized: Optimized
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """As transformers' `generate`, with a loop of its own where that is possible."""
-        if not args and self._may_suit(inputs, generation_config, kwargs):
-            # The loop has the streamer to itself: it begins when all is known to be well.
-            others = {name: given for name, given in kwargs.items() if name != "streamer"}
-            loop = functools.partial(_write, streamer=kwargs.get("streamer"))
-            try:
-                return super().generate(inputs, generation_config, custom_generate=loop, **others)
-            except _Unsuited:
-                pass
-        return super().generate(inputs, generation_config, *args, **kwargs)
-
-    def _may_suit(
-        self,
-        inputs: torch.Tensor | None,
-        generation_config: GenerationConfig | None,
-        arguments: dict[str, Any],
-    ) -> bool:
-        """Whether `_write` will probably do; a quick look, so that little is prepared twice."""
-        ids, mask = arguments.get("input_ids", inputs), arguments.get("attention_mask")
-        places = [arguments, vars(self.generation_config)]
-        if generation_config is not None:
-            places.insert(1, vars(generation_config))
-        for name, usual in _USUAL.items():
-            given = [place[name] for place in places if place.get(name) is not None]
-            if given and given[0] is not usual and (usual is None or given[0] != usual):
-                return False
-        return (
-            (ids is None or len(ids) == 1)
-            and (mask is None or bool(mask.all()))
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`, with a loop of its own where that gives the same."""
+        ids = kwargs.get("input_ids", inputs)
+        may_suit = (
+            len(args) <= 1  # a generation config
+            and all(kwargs.get(name) is None for name in _FOR_OTHER_LOOPS)
+            and (ids is None or len(ids) == 1)
             and not torch.is_autocast_enabled("cpu")
             and can_compute(self, self.optimized.known)
         )
+        if may_suit:
+            # The loop has the streamer to itself, as it may turn out not to suit.
+            others = {name: given for name, given in kwargs.items() if name != "streamer"}
+            loop = functools.partial(_write, streamer=kwargs.get("streamer"))
+            try:
+                return super().generate(inputs, *args, custom_generate=loop, **others)
+            except _Unsuited:
+                pass
+        return super().generate(inputs, *args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as before; weights in another format cannot be saved."""
@@ -120,11 +87,7 @@ def _write(
 ) -> torch.Tensor:
     """The loop of greedy search and sampling; `generate` has prepared the arguments.
 
-    Returns:
-        The prompt and what was written, (1, T).
-
-    Raises:
-        _Unsuited: before anything was done, if the C++ would not give the same as the model.
+    Returns the prompt and what was written, (1, T); raises _Unsuited before anything was done.
     """
     if not _suits(input_ids, generation_config, model_kwargs):
         raise _Unsuited

@@ -13,20 +13,23 @@ from torch import nn
 from torch.backends import mkldnn
 from torch.nn import functional as F
 
-from .private_ops import has_onednn, is_recorded, onednn_linear, onednn_supports
+from .private_ops import has_onednn, is_recorded, onednn_linear
 
 _PIECE = 2**20  # numbers of a matrix that are turned into float32 at a time; a cache holds them
 _FEW = 3  # so few vectors torch multiplies in half precision as fast as in float32
 
-_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-# torch then multiplies at a tenth of the speed of float32, and some products at a hundredth.
+_HAS = torch.cpu.get_capabilities()
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# What oneDNN needs of an x86 for each type. Without it torch multiplies at a tenth of the speed of
+# float32, and some products at a hundredth.
+_NEEDS = {torch.bfloat16: "avx512_bw", torch.float16: "avx512_fp16"}
 _SLOW_DTYPES = frozenset(
-    dtype for dtype in (torch.bfloat16, torch.float16) if _IS_X86 and not onednn_supports(dtype)
+    dtype for dtype, needed in _NEEDS.items() if IS_X86 and not _HAS.get(needed, False)
 )
 # Intel's AMX, which multiplies tiles of bfloat16 by one another.
-HAS_MATRIX_UNIT: bool = torch.cpu.get_capabilities().get("amx_bf16", False)
+HAS_MATRIX_UNIT: bool = _HAS.get("amx_bf16", False)
 # torch multiplies float32 by MKL, which is at its best on Intel's processors.
-_IS_AHEAD = not torch.cpu.get_capabilities().get("cpu_name", "").startswith("Intel")
+_IS_AHEAD = not _HAS.get("cpu_name", "").startswith("Intel")
 
 
 def is_slow(dtype: torch.dtype) -> bool:

@@ -52,14 +52,10 @@ def causal_loss(
     shift_labels = shift_labels[counted]
     _check_labels(shift_labels, len(weight), ignore_index)
     dtype = product_dtype(weight)
-    divisor = len(counted) if num_items_in_batch is None else num_items_in_batch
-    loss: torch.Tensor = _LossOfPieces.apply(
-        hidden_states.flatten(0, -2).index_select(0, counted),
-        weight,
-        shift_labels,
-        torch.as_tensor(divisor, dtype=torch.float32),
-        dtype,
-    )
+    count = len(counted) if num_items_in_batch is None else num_items_in_batch
+    rows = hidden_states.flatten(0, -2).index_select(0, counted)
+    divisor = torch.as_tensor(count, dtype=torch.float32)
+    loss: torch.Tensor = _LossOfPieces.apply(rows, weight, shift_labels, divisor, dtype)
     return loss
 
 
@@ -111,8 +107,6 @@ class _LossOfPieces(torch.autograd.Function):
             torch.mm(logits, narrow, out=grad_rows)
             if grad_weight is not None:
                 _add_product(grad_weight, logits, rows, is_first=number == 0)
-        if grad_weight is not None and weight.dtype == torch.bfloat16:
-            grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total / divisor
 
@@ -141,19 +135,17 @@ def _multiply(hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) 
 
 
 def _to_gradient(logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-    """Put the derivative of the loss in the place of `logits` (n, V), and return its sum.
+    """Put the derivative of the loss in the place of `logits` (n, V), and return the loss's sum.
 
-    A few rows at a time, which the processor's cache holds.
+    A few rows at a time, in float32, which the processor's cache holds.
     """
-    size = max(1, _BLOCK // logits.shape[1])
-    wide = torch.empty_like(logits[:size], dtype=torch.float32)
-    total = torch.zeros((), dtype=torch.float32, device="cpu")
+    size, total = max(1, _BLOCK // logits.shape[1]), torch.zeros((), dtype=torch.float32)
     for rows, label in zip(logits.split(size), labels.split(size), strict=True):
-        x = rows if rows.dtype == torch.float32 else wide[: len(rows)].copy_(rows)
+        x = rows if rows.dtype == torch.float64 else rows.float()
         x -= x.amax(-1, keepdim=True)
         of_label = x.gather(1, label[:, None])
         sums = x.exp_().sum(-1, keepdim=True)
-        total += (sums.log() - of_label).sum()
+        total = total + (sums.log() - of_label).sum().float()
         x /= sums * divisor  # softmax
         x.scatter_add_(1, label[:, None], -torch.ones_like(of_label) / divisor)
         if x is not rows:
@@ -164,20 +156,12 @@ def _to_gradient(logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tens
 def _add_product(
     grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, is_first: bool
 ) -> None:
-    """Add `grad_logits.T @ hidden` to `grad_weight` (V, C), or write it there if it is the first.
-
-    `grad_weight` may be of more digits.
-    """
+    """Add `grad_logits.T @ hidden` to `grad_weight` (V, C), or write the first there."""
     if grad_weight.dtype == hidden.dtype:
         beta = 0 if is_first else 1
         torch.addmm(grad_weight, grad_logits.T, hidden, beta=beta, out=grad_weight)
         return
-    # A few words at a time, since torch adds numbers of half precision by way of a copy.
-    narrow = torch.empty_like(grad_weight[:_WORDS], dtype=hidden.dtype)
-    wide = torch.empty_like(grad_weight[:_WORDS])
+    # Of half precision a few words at a time, since torch adds it by way of a copy.
     for words, of_words in zip(grad_logits.T.split(_WORDS), grad_weight.split(_WORDS), strict=True):
-        product = torch.mm(words, hidden, out=narrow[: len(words)])
-        if is_first:
-            of_words.copy_(product)
-        else:
-            of_words += wide[: len(words)].copy_(product)
+        product = torch.mm(words, hidden)
+        of_words.copy_(product if is_first else of_words + product)

@@ -1,28 +1,18 @@
 // One token's way through a GPT, with the keys and values of the tokens before it at hand.
 //
-// The mathematics is that of the model's blocks; `compiling.py` compiles this file, and
-// `one_token.py` fills in the structures. All matrices are read once, at 0.9 of the speed of memory:
-// 2.5 to 3 times as fast as the plain model.
+// The mathematics is that of the model's blocks; `one_token.py` fills in the structures. All
+// matrices are read once, at 0.9 of the speed of memory: 1.7 to 3.2 times as fast as `nn.Linear`s.
 //
 // C hidden, H heads, D head size, S tokens so far, V words
 
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <numeric>
-#include <vector>
 
 #include "rough_head.h"
 
 namespace {
 
 struct Norm {
-  const float* weight;
-  const float* bias;
+  const float *weight, *bias;
   float eps;
 };
 
@@ -31,8 +21,7 @@ struct Block {
   Product query, key, value, out;
   Norm post_attention_layernorm;
   Product up, down;
-  void* keys;    // (H, room, D)
-  void* values;  // (H, room, D)
+  void *keys, *values;  // (H, room, D)
   float scaling;
   bool tanh;  // GELU's form
 };
@@ -43,10 +32,8 @@ struct Model {
   Norm norm;
   Product head;
   Rough rough_head;
-  int64_t heads;
-  int64_t room;        // for so many tokens
-  int64_t inner_size;  // of the feed-forward
-  int64_t way;         // to read matrices; see `multiply`
+  int64_t heads, room, inner_size;  // room for so many tokens; the feed-forward's size
+  int64_t way;                      // to read matrices; see `times`
 };
 
 void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>& y) {
@@ -115,19 +102,16 @@ void step(const Model& model, int64_t position, const float* embedded, int threa
   std::vector<float> hidden(embedded, embedded + hidden_size);
   std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.inner_size);
   const int64_t way = model.way;
-
+  const auto add = [&](int64_t row, float y) { hidden[row] += y; };
 #pragma omp parallel num_threads(threads)
   {
-    // Each thread's own.
     std::vector<float> normalized(hidden_size), weights(position + 1), activated;
     for (const Block* block = model.blocks; block < model.blocks + model.layers; block++) {
-      T* keys = static_cast<T*>(block->keys);
-      T* values = static_cast<T*>(block->values);
+      T *keys = static_cast<T*>(block->keys), *values = static_cast<T*>(block->values);
       // Where row `row` of this token's key or value lies.
       const auto place = [&](int64_t row) {
         return (row / size * model.room + position) * size + row % size;
       };
-
       normalize(hidden, block->input_layernorm, normalized);
       const Input<W> x(normalized);
       multiply(block->query, x, way, [&](int64_t row, float y) { query[row] = y; });
@@ -140,18 +124,14 @@ void step(const Model& model, int64_t position, const float* embedded, int threa
         attend(&query[head * size], keys + start, values + start, position + 1, size,
                block->scaling, weights, &gathered[head * size]);
       }
-      multiply(block->out, Input<W>(gathered), way,
-               [&](int64_t row, float y) { hidden[row] += y; });
+      multiply(block->out, Input<W>(gathered), way, add);
 #pragma omp barrier
-
       normalize(hidden, block->post_attention_layernorm, normalized);
-      multiply(block->up, Input<W>(normalized), way,
-               [&](int64_t row, float y) { inner[row] = y; });
+      multiply(block->up, Input<W>(normalized), way, [&](int64_t row, float y) { inner[row] = y; });
 #pragma omp barrier
       activated = inner;
       gelu(activated, block->tanh);
-      multiply(block->down, Input<W>(activated), way,
-               [&](int64_t row, float y) { hidden[row] += y; });
+      multiply(block->down, Input<W>(activated), way, add);
 #pragma omp barrier
     }
     normalize(hidden, model.norm, normalized);
@@ -159,18 +139,9 @@ void step(const Model& model, int64_t position, const float* embedded, int threa
   }
 }
 
-template <typename W, typename T>
-void score_all(const Model& model, int64_t position, const float* embedded, float* logits,
-               int threads) {
-  step<W, T>(model, position, embedded, threads, [&](const std::vector<float>& x) {
-    multiply(model.head, Input<W>(x), model.way, [&](int64_t row, float y) { logits[row] = y; });
-  });
-}
-
 // The word that scores highest, of several the first, without reading all of the head; or -1 if
 // that does not pay, or the bound cannot tell. `scores` (V) is memory to use.
-//
-// A row that cannot reach what another one reaches for sure is done with. The few that are left are
+// A row that cannot reach what another one reaches for sure is left out. The few that remain are
 // multiplied by the head itself; more than `most` do not pay.
 template <typename W, typename T>
 int64_t best_word(const Model& model, int64_t position, const float* embedded, float* scores,
@@ -203,41 +174,36 @@ int64_t best_word(const Model& model, int64_t position, const float* embedded, f
       if (!may_be_best(row)) continue;
       float y;
       times(0, exact, model.head, row, 0, &y);
-      if (y > best_scores[thread]) {
-        best_scores[thread] = y;
-        best_rows[thread] = row;
-      }
+      if (y > best_scores[thread]) best_scores[thread] = y, best_rows[thread] = row;
     }
   });
   return best_rows[std::max_element(best_scores.begin(), best_scores.end()) - best_scores.begin()];
 }
 
-// One product by itself, to see how fast its matrix is read.
-template <typename W>
-void multiply_alone(const Product& product, int64_t way, const float* x, float* y,
-                    int threads) {
-  const std::vector<float> numbers(x, x + product.columns);
-#pragma omp parallel num_threads(threads)
-  multiply(product, Input<W>(numbers), way, [&](int64_t row, float sum) { y[row] = sum; });
-}
-
 }  // namespace
 
-// What Python calls, for weights of type W, keys and values of type T.
-#define STEP(name, W, T)                                                                       \
-  void step_##name(const Model* model, int64_t position, const float* embedded, float* logits, \
-                   int threads) {                                                              \
-    score_all<W, T>(*model, position, embedded, logits, threads);                              \
+// What Python calls, for weights of type W, keys and values of type T: all scores of the next word,
+// the best word, and one product by itself, to see how fast its matrix is read.
+#define STEP(name, W, T)                                                                           \
+  int64_t step_##name(const Model* model, int64_t position, const float* embedded, float* logits,  \
+                      int threads) {                                                               \
+    step<W, T>(*model, position, embedded, threads, [&](const std::vector<float>& x) {             \
+      multiply(model->head, Input<W>(x), model->way, [&](int64_t row, float y) { logits[row] = y; }); \
+    });                                                                                            \
+    return 0;                                                                                      \
   }
-#define BEST_WORD(name, T)                                                                     \
-  int64_t best_word_##name(const Model* model, int64_t position, const float* embedded,        \
-                           float* scores, int threads) {                                       \
-    return best_word<T, T>(*model, position, embedded, scores, threads);                       \
+#define BEST_WORD(name, T)                                                                         \
+  int64_t best_word_##name(const Model* model, int64_t position, const float* embedded,            \
+                           float* scores, int threads) {                                           \
+    return best_word<T, T>(*model, position, embedded, scores, threads);                           \
   }
-#define MULTIPLY(name, W)                                                                      \
-  void multiply_##name(const Product* product, int64_t way, const float* x, float* y,          \
-                       int threads) {                                                          \
-    multiply_alone<W>(*product, way, x, y, threads);                                           \
+#define MULTIPLY(name, W)                                                                          \
+  int64_t multiply_##name(const Product* product, int64_t way, const float* x, float* y,           \
+                          int threads) {                                                           \
+    const std::vector<float> numbers(x, x + product->columns);                                     \
+    _Pragma("omp parallel num_threads(threads)")                                                   \
+    multiply(*product, Input<W>(numbers), way, [&](int64_t row, float sum) { y[row] = sum; });     \
+    return 0;                                                                                      \
   }
 
 extern "C" {

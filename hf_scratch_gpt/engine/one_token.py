@@ -38,18 +38,22 @@ def can_compute(model: Any, known: Collection[type]) -> bool:
 
 def _has_its_shapes(model: Any) -> bool:
     """Whether all parameters are of the sizes that the configuration gives."""
-    config, inner = model.config, model.config.intermediate_size
-    size = config.hidden_size
-    is_right = _is_shaped(model.lm_head, config.vocab_size, size)
-    norms = [model.model.norm]
+    config, inner, size = model.config, model.config.intermediate_size, model.config.hidden_size
+    shapes, norms = [(model.lm_head, config.vocab_size, size)], [model.model.norm]
     for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        is_right &= all(_is_shaped(projection, size, size) for projection in projections)
-        is_right &= _is_shaped(mlp.up_proj, inner, size) and _is_shaped(mlp.down_proj, size, inner)
+        shapes += [(layer, size, size) for layer in projections(block.self_attn)]
+        shapes += [(block.mlp.up_proj, inner, size), (block.mlp.down_proj, size, inner)]
         norms += [block.input_layernorm, block.post_attention_layernorm]
-    is_right &= all(norm.weight.shape == norm.bias.shape == (size,) for norm in norms)
-    return is_right and len(model.model.layers) == config.num_hidden_layers
+    return (
+        all(_is_shaped(*each) for each in shapes)
+        and all(norm.weight.shape == norm.bias.shape == (size,) for norm in norms)
+        and len(model.model.layers) == config.num_hidden_layers
+    )
+
+
+def projections(attention: Any) -> tuple[Any, ...]:
+    """Its linear layers, in the order of the C++."""
+    return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
 
 
 def _is_shaped(linear: Any, rows: int, columns: int) -> bool:
@@ -164,10 +168,9 @@ class OneToken:
 
     def _block(self, block: Any, keys: torch.Tensor, values: torch.Tensor) -> Any:
         attention, mlp, held = block.self_attn, block.mlp, self._held
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         return _Block(
             _norm(block.input_layernorm, held),
-            *(product_of(projection, held) for projection in projections),
+            *(product_of(projection, held) for projection in projections(attention)),
             _norm(block.post_attention_layernorm, held),
             product_of(mlp.up_proj, held),
             product_of(mlp.down_proj, held),

@@ -1,4 +1,4 @@
-"""Linear layers and the feed-forward of a model that only generates, on a CPU.
+"""Parts of a model that only generates, on a CPU: weights are packed or in eight bits.
 
 oneDNN multiplies a weight in an order of its own 1.05 to 1.6 times as fast as one that lies as
 torch keeps it, and computes GELU on the way: 12.1 ms for both where torch takes 15.6.
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from .half import by_float32, is_inference, is_ordinary, is_slow, needs_float32
-from .private_ops import has_onednn, is_watched, onednn_linear, onednn_supports, pack, version_of
+from .half import IS_X86, by_float32, is_inference, is_ordinary, is_slow, multiply, needs_float32
+from .private_ops import has_onednn, is_watched, onednn_linear, pack, version_of
 
 _SAMPLED = 64  # numbers of a weight that are compared
+_PIECE = 2**22  # numbers that are turned back from int8 at a time
 
 
 class Original:
@@ -79,12 +81,9 @@ class PackedLinear(nn.Linear):
 
     def prepare(self) -> None:
         """Pack the weight, if oneDNN is there and multiplies its type."""
-        dtype = self.weight.dtype
-        can_pack = dtype == torch.float32 or (
-            dtype == torch.bfloat16 and not is_slow(dtype) and onednn_supports(dtype)
-        )
-        packed = Packed(self.weight) if can_pack and has_onednn() else None
-        self.packed = packed
+        is_half = self.weight.dtype == torch.bfloat16 and IS_X86 and not is_slow(torch.bfloat16)
+        can_pack = has_onednn() and (self.weight.dtype == torch.float32 or is_half)
+        self.packed = Packed(self.weight) if can_pack else None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
@@ -130,3 +129,48 @@ def fused_gelu(activation: Any) -> str | None:
     if torch.compiler.is_compiling() or form not in ("tanh", "none") or is_watched(activation):
         return None
     return form if is_fused else None
+
+
+class Int8Linear(nn.Linear):
+    """Keeps its weight in int8, (D, C), with one scale for each row, (D,): weight * scale.
+
+    The largest number of a row becomes 127 or -127, the rest are rounded to the nearest. One text
+    is written 1.9 to 2.8 times as fast as in float32, 1.1 to 1.7 times as in bfloat16.
+    """
+
+    weight_scale: torch.Tensor
+
+    def prepare(self) -> None:
+        """Quantize the weight; there is no way back."""
+        weight = self.weight.detach()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = weight.abs().amax(1).to(wide).clamp(min=torch.finfo(wide).tiny) / 127
+        quantized = (weight / scale[:, None]).round().to(torch.int8)
+        self.weight = nn.Parameter(quantized, requires_grad=False)  # not in place: it may be tied
+        # Not a buffer: `model.half()` would leave it too few digits.
+        self.weight_scale = scale
+        self.register_state_dict_pre_hook(_refuse_to_save)
+        self.register_load_state_dict_pre_hook(_refuse_to_load)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map `input` (..., C) to (..., D), by a piece of the weight at a time."""
+        if self.weight.dtype != torch.int8:  # tied anew to the embedding
+            return super().forward(input)
+        # Without its scale a product may be too large for float16.
+        is_wide = input.dtype == torch.float16 or is_slow(input.dtype)
+        x = input.float() if is_wide else input
+        by = F.linear if torch.is_grad_enabled() or torch.compiler.is_compiling() else multiply
+        pieces = self.weight.split(max(1, _PIECE // self.in_features))
+        products = [by(x, piece.to(x.dtype), None) for piece in pieces]
+        product = torch.cat(products, -1) * self.weight_scale.to(products[0].dtype)
+        if self.bias is not None:
+            product = product + self.bias.to(product.dtype)
+        return product.to(input.dtype)
+
+
+def _refuse_to_save(*args: Any) -> None:
+    raise ValueError("the weights are in int8; save the model before it is optimized")
+
+
+def _refuse_to_load(*args: Any) -> None:
+    raise ValueError("the weights are in int8; load before the model is optimized")

@@ -19,9 +19,6 @@ from torch.nn import functional as F
 PLACES = {
     "linear": "ops.mkldnn._linear_pointwise",
     "reorder": "ops.mkldnn._reorder_linear_weight",
-    "has_bfloat16": "ops.mkldnn._is_mkldnn_bf16_supported",
-    "has_float16": "ops.mkldnn._is_mkldnn_fp16_supported",
-    "gelu_backward": "ops.aten.gelu_backward",
     "unsafe_view": "ops.aten._unsafe_view",
     "is_recorded": "utils._python_dispatch.is_in_torch_dispatch_mode",
     "has_global_hook": "nn.modules.module._has_any_global_hook",
@@ -75,28 +72,6 @@ def onednn_linear(
         bias = bias.contiguous()  # oneDNN ignores strides
     after, form = ("none", "") if gelu is None else ("gelu", gelu)
     return find("linear")(x, weight, bias, after, [], form)
-
-
-def onednn_supports(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies numbers of `dtype`, of half precision, on this processor."""
-    if not mkldnn.is_available():
-        return False
-    is_bfloat16 = dtype == torch.bfloat16
-    supports = find("has_bfloat16" if is_bfloat16 else "has_float16")
-    if supports is None:
-        capability = "avx512_bw" if is_bfloat16 else "avx512_fp16"
-        return bool(torch.cpu.get_capabilities().get(capability, False))
-    return bool(supports())
-
-
-def gelu_backward(grad: torch.Tensor, x: torch.Tensor, form: str) -> torch.Tensor:
-    """The gradient of `x`, made of that of GELU's output, `grad`, whose memory it may take."""
-    backward = find("gelu_backward")
-    if backward is not None:
-        return backward.grad_input(grad, x, approximate=form, grad_input=grad)
-    with torch.enable_grad():
-        given = x.detach().requires_grad_()
-        return torch.autograd.grad(F.gelu(given, approximate=form), given, grad)[0]
 
 
 def as_new_tensor(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,7 +1,5 @@
-// Products of matrices and one vector, read as fast as memory gives.
-//
-// A weight is read once and used once. Each thread is given rows of each matrix; sums are in
-// float32, those of int8 in 32 bits.
+// Products of matrices and one vector, read as fast as memory gives. Each thread is given rows of
+// each matrix; sums are in float32, those of int8 in 32 bits.
 
 #pragma once
 
@@ -21,14 +19,11 @@ using BFloat16 = uint16_t;  // the upper half of a float's bits
 // y = W x + bias. The weight is (rows, columns); an int8 one is multiplied by each row's scale.
 struct Product {
   const void* weight;
-  const float* scale;
-  const float* bias;
-  int64_t rows;
-  int64_t columns;
+  const float *scale, *bias;
+  int64_t rows, columns;
 };
 
 inline float wide(float number) { return number; }
-
 inline float wide(BFloat16 number) {
   const uint32_t bits = uint32_t(number) << 16;
   float result;
@@ -37,7 +32,6 @@ inline float wide(BFloat16 number) {
 }
 
 inline void put(float* place, float number) { *place = number; }
-
 inline void put(BFloat16* place, float number) {
   uint32_t bits;
   std::memcpy(&bits, &number, sizeof bits);

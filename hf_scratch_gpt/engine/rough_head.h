@@ -11,8 +11,7 @@ namespace {
 // The head in int8, less the mean of its rows; nothing to do for a model that has none.
 struct Rough {
   Product product;
-  const float* errors;   // (V)
-  const float* lengths;  // (V)
+  const float *errors, *lengths;  // (V)
   int64_t most;
 };
 
@@ -41,7 +40,6 @@ struct Bound {
   float operator()(int64_t row) const {
     return length * rough.errors[row] + off * rough.lengths[row];
   }
-
   // The least that a score may be; infinite if numbers are too small or too large to tell.
   float lowest(int64_t row, float score) const {
     const float error = (*this)(row);

@@ -1,7 +1,4 @@
-"""Exchange parts of one model for faster ones, by one table, and put them back.
-
-`optimize_for_generation(model)`, `optimize_for_training(model)`, `restore(model)`.
-"""
+"""Exchange parts of one model for faster ones, by one table, and put them back."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,9 +8,8 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .compiling import compiled
 from .generation import FastGeneration, Optimized
-from .int8 import Int8Linear
 from .one_token import can_compute
-from .packed import PackedFeedForward, PackedLinear
+from .packed import Int8Linear, PackedFeedForward, PackedLinear
 from .products import fastest_way
 from .rough_head import keep_rough
 from .training import IN_FLOAT32, LeanAttention, LeanFeedForward, LeanLinear, LossInPieces
@@ -45,26 +41,24 @@ FORMATS = {
 def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) -> PreTrainedModel:
     """Change `model`, a language model of ours, so that its `generate` runs at its fastest.
 
-    On a CPU, one text at a time is written by a step in C++. It is compiled in two or three seconds
-    and kept in the user's cache folder for the next process. Prompts, several texts at once and
-    whatever else `generate` can do use weights packed for oneDNN, which take as much memory again.
-    Greedy search in float32 and bfloat16 looks for the best token in a copy of the head in eight
-    bits, and reads the head itself only where that leaves doubt. On a GPU, transformers compiles
-    its step into CUDA graphs at the first call, for each number of texts anew.
+    On a CPU one text at a time is written by C++, compiled in two or three seconds and kept in the
+    user's cache folder; prompts and several texts use weights packed for oneDNN, which take as much
+    memory again, and greedy search a copy of the head in eight bits. On a GPU, transformers
+    compiles its step into CUDA graphs at the first call, for each number of texts anew.
 
     The outputs are those of before, up to the order in which sums are rounded. Change weights, add
     adapters, choose data type and device before, not afterwards, and pickle nothing; a weight that
-    is replaced or changed all the same is used unpacked, but a change of a few of its numbers by
-    way of its `data` goes unseen. A text goes the ordinary way if the C++ would not give the same:
-    with hooks, adapters, an activation that is not GELU, padding, or in float16.
+    is changed all the same is used unpacked, but a change of a few of its numbers by way of its
+    `data` goes unseen. Hooks, adapters, padding, float16 and an activation that is not GELU are
+    left to the model's own way.
 
     Args:
         model: in evaluation mode, on its device and in its data type.
-        weights: a format to keep the weights of linear layers in. "int8" takes a byte a number and
-            one scale for each row; "int4" and "fp8" are for GPUs, where all are torchao's.
+        weights: "int8" keeps the weights of linear layers in a byte a number and one scale for each
+            row; "int4" and "fp8" are for GPUs, where all three are torchao's.
 
     Returns:
-        `model`. `restore(model)` makes it as it was, unless `weights` are given.
+        `model`; `restore(model)` makes it as it was, unless `weights` are given.
 
     Raises:
         ValueError: `weights` is not a format, or not one for the device; the model is not ours, is
@@ -101,13 +95,13 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
 def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
     """Change `model`, one of ours, so that it learns faster and in less memory on a CPU.
 
-    What is kept for the backward pass is less, a loss in pieces (`config.chunked_loss`) is computed
-    by a loop of ours, and half precision that the CPU has no instructions for is multiplied in
-    float32. Outputs and gradients are those of before, up to rounding. On other devices nothing
-    changes. Do it before adapters are added; `torch.func` needs a model that is not optimized.
+    Less is kept for the backward pass, a loss in pieces (`config.chunked_loss`) is computed by a
+    loop of ours, and half precision without instructions for it is multiplied in float32. Outputs
+    and gradients are those of before, up to rounding; they can be differentiated once. On other
+    devices nothing changes. Do it before adapters are added.
 
     Returns:
-        `model`. `restore(model)` makes it as it was.
+        `model`; `restore(model)` makes it as it was.
 
     Raises:
         ValueError: the model is not ours, or is optimized already.
@@ -126,11 +120,7 @@ def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Make an optimized `model` what it was: its classes, its attention, its generation config.
 
-    Returns:
-        `model`, as it is now if it is not optimized.
-
-    Raises:
-        ValueError: its weights were quantized.
+    Returns `model`, unchanged if it is not optimized; a ValueError if its weights were quantized.
     """
     optimized: Optimized | None = getattr(model, "optimized", None)
     if optimized is None:
@@ -163,22 +153,23 @@ def _check(model: Any) -> None:
 
 
 def _check_for_generation(model: Any, weights: str | None) -> None:
+    remedy, kind = None, type(model).__name__
     if not isinstance(model, GenerationMixin):
+        remedy = f"{kind} cannot generate; give a language model"
         if hasattr(model, "get_base_model"):  # PEFT's
-            raise ValueError(
-                f"{type(model).__name__} holds the model apart; give model.merge_and_unload(), or "
-                "model.get_base_model()"
-            )
-        raise ValueError(f"{type(model).__name__} cannot generate; give a language model")
+            remedy = f"{kind} holds the model apart; give model.merge_and_unload(), or "
+            remedy += "model.get_base_model()"
+    elif model.training:
+        remedy = "the model is in training mode; call model.eval() first"
+    elif weights is not None and weights not in FORMATS:
+        remedy = f"weights={weights!r} is not a format; give one of {', '.join(FORMATS)}"
+    elif model.device.type == "meta":
+        remedy = "the model is on the device meta, without numbers; load its weights first"
+    elif model.device.type == "cpu" and weights not in (None, "int8"):
+        remedy = f"weights={weights!r} needs a GPU; give 'int8' on a CPU"
+    if remedy is not None:
+        raise ValueError(remedy)
     _check(model)
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
-    if weights is not None and weights not in FORMATS:
-        raise ValueError(f"weights={weights!r} is not a format; give one of {', '.join(FORMATS)}")
-    if model.device.type == "meta":
-        raise ValueError("the model is on the device meta, without numbers; load its weights first")
-    if model.device.type == "cpu" and weights not in (None, "int8"):
-        raise ValueError(f"weights={weights!r} needs a GPU; give 'int8' on a CPU")
 
 
 def _row(kind: type) -> tuple[type | None, type | None] | None:
@@ -213,10 +204,9 @@ def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> Non
     part: Any
     for part in list(_parts(model)):
         faster = (_row(type(part)) or (None, None))[purpose]
-        is_linear = type(part) is nn.Linear
-        has_own_tensor = is_linear and type(part.weight) is not nn.Parameter
-        if faster is not None and "forward" not in vars(part) and not has_own_tensor:
-            faster = linear if is_linear and linear else faster
+        if type(part) is nn.Linear:
+            faster = (linear or faster) if type(part.weight) is nn.Parameter else None
+        if faster is not None and "forward" not in vars(part):
             part.__class__ = _before_class(faster, type(part))
             if hasattr(part, "prepare"):
                 part.prepare()

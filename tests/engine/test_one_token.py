@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
 from hf_scratch_gpt.engine import one_token
-from hf_scratch_gpt.engine.int8 import Int8Linear
 from hf_scratch_gpt.engine.one_token import OneToken
+from hf_scratch_gpt.engine.packed import Int8Linear
 from hf_scratch_gpt.engine.products import WAYS, call, fastest_way, multiply_seconds, product_of
 from hf_scratch_gpt.engine.swap import known_classes
 

@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_scratch_gpt import FeedForward, ScratchGPTConfig
 from hf_scratch_gpt.engine import half, packed
 from hf_scratch_gpt.engine.half import is_slow
-from hf_scratch_gpt.engine.int8 import Int8Linear
-from hf_scratch_gpt.engine.packed import PackedFeedForward, PackedLinear
+from hf_scratch_gpt.engine.packed import Int8Linear, PackedFeedForward, PackedLinear
 from hf_scratch_gpt.engine.swap import _before_class
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -138,7 +137,7 @@ def test_feed_forward_computes_gelu_inside_the_product(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_int8_turned_back_in_pieces(monkeypatch, dtype):
-    monkeypatch.setattr("hf_scratch_gpt.engine.int8._PIECE", 1000)
+    monkeypatch.setattr("hf_scratch_gpt.engine.packed._PIECE", 1000)
     linear = torch.nn.Linear(48, 100).to(dtype)
     linear.weight[7] = 0
     exact = copy.deepcopy(linear)
@@ -170,3 +169,13 @@ def test_slow_types_are_not_packed():
     packs = {dtype: layer(dtype).packed is not None for dtype in dtypes}
     of_bfloat16 = not is_slow(torch.bfloat16)
     assert list(packs.values()) == [True, of_bfloat16 and packs[torch.bfloat16], False, False]
+
+
+@pytest.mark.skipif(not half.IS_X86, reason="torch's private answer is asked for x86 only")
+def test_which_types_are_slow_is_what_onednn_says():
+    """`_is_mkldnn_bf16_supported` and its sibling are private; the engine asks what is public."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    assert {dtype: not is_slow(dtype) for dtype in supported} == supported

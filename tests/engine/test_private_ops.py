@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,25 +51,6 @@ def test_onednn_of_other_arguments_is_not_used(monkeypatch):
     private_ops.has_onednn.cache_clear()
     assert not private_ops.has_onednn()
     private_ops.has_onednn.cache_clear()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_support_of_half_precision(dtype, without):
-    supports = private_ops.onednn_supports(dtype)
-    without("has_bfloat16", "has_float16")
-    assert private_ops.onednn_supports(dtype) == supports
-
-
-@pytest.mark.parametrize("form", ["tanh", "none"])
-def test_gelu_backward(form, without):
-    x, grad = torch.randn(2, 5, 7, dtype=torch.float64)
-    leaf = x.clone().requires_grad_()
-    F.gelu(leaf, approximate=form).backward(grad)
-    for names in ((), ("gelu_backward",)):
-        without(*names)
-        with torch.no_grad():
-            own = private_ops.gelu_backward(grad.clone(), x, form)
-        torch.testing.assert_close(own, leaf.grad)
 
 
 def test_a_tensor_of_its_own(without):

@@ -15,8 +15,7 @@ from hf_scratch_gpt import (
     optimize_for_training,
 )
 from hf_scratch_gpt.engine import half
-from hf_scratch_gpt.engine.own_product import own_product
-from hf_scratch_gpt.engine.training import LeanFeedForward, LeanLinear
+from hf_scratch_gpt.engine.training import LeanFeedForward, LeanLinear, own_product
 
 from ..models import random_ids, random_model, tiny_config
 from .test_packed import exchange
@@ -56,7 +55,7 @@ def by_torch(x, weight, bias, gelu):
 @pytest.mark.parametrize("shape", [(48,), (2, 70, 48), (0, 48)], ids=str)
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast(narrow, shape, bias, gelu, monkeypatch):
-    monkeypatch.setattr("hf_scratch_gpt.engine.own_product._ROWS", 60)  # 140 rows in 3 pieces
+    monkeypatch.setattr("hf_scratch_gpt.engine.training._ROWS", 60)  # 140 rows in 3 pieces
     linear, start, results = layer(bias=bias), torch.randn(shape), []
     for function in (own_product, by_torch):
         x = start.clone().requires_grad_()

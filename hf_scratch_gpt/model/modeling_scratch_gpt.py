@@ -303,9 +303,12 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         )
 
     def _takes_loss_in_pieces(self) -> bool:
-        """Whether it is wanted, and neither loss nor head have been replaced."""
+        """Whether it is wanted, and neither the loss nor the head has been replaced."""
         wanted = self.config.chunked_loss and self.training
-        return wanted and self.loss_function is ForCausalLMLoss and type(self.lm_head) is nn.Linear
+        if not wanted or self.loss_function is not ForCausalLMLoss:
+            return False
+        # An adapter is not a linear layer, and a quantized weight not an ordinary parameter.
+        return isinstance(self.lm_head, nn.Linear) and type(self.lm_head.weight) is nn.Parameter
 
     def loss_in_pieces(
         self,

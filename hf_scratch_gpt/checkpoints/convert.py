@@ -69,11 +69,11 @@ def convert(
         save_all_but_weights(model, Path(source.path), complete)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(complete)
-        digests = write_weights(complete, pieces, dtype, max_shard_size)
+        write_weights(complete, pieces, dtype, max_shard_size)
         if check:
             largest, mean = verify(source, complete)
             report.append(f"checked  logits differ by {largest:.2g} at most, {mean:.2g} on average")
-        _write_model_card(complete, source, dtype, parameters, digests)
+        _write_model_card(complete, source, dtype, parameters)
     report.append(f"wrote    {parameters:,} parameters in {dtype} to {out}")
     return report
 
@@ -94,11 +94,11 @@ def _read_and_dropped(source: GPT2Source) -> Iterator[str]:
 
 
 def _write_model_card(
-    folder: Path, source: GPT2Source, dtype: torch.dtype, parameters: int, digests: dict[str, str]
+    folder: Path, source: GPT2Source, dtype: torch.dtype, parameters: int
 ) -> None:
-    """Write README.md: origin, sizes, files and their SHA-256, of which some are in `digests`."""
+    """Write README.md: origin, sizes, files and their SHA-256."""
     rows = [
-        f"| {path.name} | {path.stat().st_size:,} | `{digests.get(path.name) or sha256(path)}` |"
+        f"| {path.name} | {path.stat().st_size:,} | `{sha256(path)}` |"
         for path in sorted(folder.iterdir())
         if path.is_file()
     ]

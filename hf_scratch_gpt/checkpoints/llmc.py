@@ -12,7 +12,6 @@ import torch
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from .assemble import shapes_of
-from .digests import unchecked_files
 from .names import rules_by_layer
 from .sources import GPT2Source, StoredTensor, map_tensor, told_as_error
 
@@ -50,8 +49,7 @@ def read_llmc(source: str) -> GPT2Source:
     size = path.stat().st_size
     if size != end:
         raise ValueError(f"{source} has {size} bytes, and the sizes in its header take {end}")
-    unchecked = unchecked_files([path])
-    opened = GPT2Source(f"llm.c, version {version}", source, config, tensors, unchecked=unchecked)
+    opened = GPT2Source(f"llm.c, version {version}", source, config, tensors)
     if vocabulary != padded:
         opened.trim_vocabulary(vocabulary)
     return opened

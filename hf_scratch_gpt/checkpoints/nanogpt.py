@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
-from .digests import unchecked_files
 from .pickles import Pickle
 from .sources import WRAPPERS, GPT2Source, by_plain_name, told_as_error
 
@@ -20,7 +19,7 @@ def read_nanogpt(source: str) -> GPT2Source:
     config = _config(pickle.content["model_args"], path)
     tensors, dropped = by_plain_name(pickle.tensors("model"), (*WRAPPERS, "transformer."))
     opened = GPT2Source("nanoGPT", path, config, tensors, biases_optional=not config.qkv_bias)
-    opened.dropped, opened.unchecked = dropped, unchecked_files([Path(path)])
+    opened.dropped = dropped
     opened.untie_or_drop_head()
     if config.vocab_size == _PADDED:
         opened.trim_vocabulary(_VOCABULARY)

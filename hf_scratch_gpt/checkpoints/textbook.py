@@ -7,12 +7,10 @@ its LayerNorms have `scale` and `shift` (Raschka, Build a Large Language Model F
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from ..model.configuration_scratch_gpt import PRESETS, ScratchGPTConfig
-from .digests import unchecked_files
 from .names import rules_by_layer
 from .pickles import Pickle
 from .sources import GPT2Source, StoredTensor, by_plain_name, told_as_error
@@ -48,7 +46,7 @@ def read_textbook(
         )
     named = _by_gpt2_name(tensors, depth)
     opened = GPT2Source(f"textbook state dict{assumed}", source, config, named)
-    opened.dropped, opened.unchecked = dropped, unchecked_files([Path(source)])
+    opened.dropped = dropped
     opened.untie_or_drop_head()
     return opened
 

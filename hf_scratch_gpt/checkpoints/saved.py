@@ -27,8 +27,6 @@ def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]
             raise ValueError(f"{path} is of a model of type {kind!r}; name the folder of a {ours}")
         config = ScratchGPTConfig.from_pretrained(folder)
         shapes = shapes_of(config)
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
     stored: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         if file.suffix != ".safetensors":

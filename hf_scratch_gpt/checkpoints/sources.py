@@ -4,7 +4,6 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -47,6 +46,10 @@ class StoredTensor:
     def where(self) -> str:
         """File and name, for messages."""
         return f"{self.file}: {self.name}"
+
+    def first_rows(self, size: int) -> "StoredTensor":
+        """The first `size` of its rows."""
+        return replace(self, shape=(size, *self.shape[1:]), read=lambda: self.read()[:size])
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless it has the `shape` and the data type of a weight."""
@@ -112,17 +115,12 @@ class GPT2Source:
                 continue
             if len(whole.shape) != 2 or whole.shape[0] < size:
                 raise ValueError(f"{whole.where} has shape {list(whole.shape)}, below {size} rows")
-            first_rows = partial(_first_rows, whole, size)
-            self.tensors[name] = replace(whole, shape=(size, whole.shape[1]), read=first_rows)
+            self.tensors[name] = whole.first_rows(size)
             rows = whole.shape[0] - size
             self.dropped[f"{whole.name}, last {rows} rows"] = "padding of the vocabulary"
         self.config.vocab_size = size
         for token in TOKENS:
             setattr(self.config, token, size - 1)
-
-
-def _first_rows(stored: StoredTensor, size: int) -> torch.Tensor:
-    return stored.read()[:size]
 
 
 @contextmanager

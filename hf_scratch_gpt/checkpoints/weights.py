@@ -38,7 +38,7 @@ def write_weights(
     bar = logging.tqdm(total=size, unit="B", unit_scale=True, desc="Converting")
     with bar:
         for piece in pieces:
-            for name, tensor in zip(piece.names, piece.read(), strict=True):
+            for name, tensor in zip(piece.shapes, piece.read(), strict=True):
                 data = _bytes(tensor, dtype, piece.where)
                 with (folder / file_of[name]).open("ab") as shard:
                     shard.write(data)
@@ -54,7 +54,7 @@ def _lay_out(
     tensors = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for piece in pieces
-        for name, shape in zip(piece.names, piece.shapes, strict=True)
+        for name, shape in piece.shapes.items()
     }
     try:
         split = split_torch_state_dict_into_shards(

@@ -42,10 +42,9 @@ def convert(
     pieces = plan(source)
     dtype, parameters = dtype or common_dtype(pieces), num_parameters(pieces)
     report = list(_read_and_dropped(source))
-    with torch.device("meta"):
-        model = ScratchGPTForCausalLM(source.config).to(dtype)
     with new_folder(out) as complete:
-        save_all_but_weights(model, Path(source.path), complete)
+        origin = Path(source.path)
+        save_all_but_weights(ScratchGPTForCausalLM, source.config, dtype, origin, complete)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(complete)
         write_weights(complete, pieces, dtype, max_shard_size)

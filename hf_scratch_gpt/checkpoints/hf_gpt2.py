@@ -33,9 +33,8 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     for file in weight_files(folder):
         is_pickle = file.suffix != ".safetensors"
         stored += Pickle(str(file)).tensors() if is_pickle else safetensors(file)
-    tensors, dropped = by_plain_name(stored, (*WRAPPERS, "transformer."))
-    opened = GPT2Source("transformers GPT-2", source, config, tensors, inputs_first=True)
-    opened.dropped = dropped
+    named = by_plain_name(stored, (*WRAPPERS, "transformer."))
+    opened = GPT2Source("transformers GPT-2", source, config, *named, inputs_first=True)
     if config.tie_word_embeddings:
         opened.untie_or_drop_head()
     vocabulary_files = ScratchGPTTokenizer.vocab_files_names.values()

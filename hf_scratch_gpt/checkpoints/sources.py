@@ -26,14 +26,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is still in its file.
+    """A tensor with its name, shape and data type in a file, where it still is.
 
-    Args:
-        name: its name in the source.
-        file: the file, for messages.
-        shape: its shape there.
-        dtype: its data type there.
-        read: reads it; each call reads it anew.
+    `read` reads it, each time anew.
     """
 
     name: str
@@ -71,9 +66,9 @@ class GPT2Source:
         config: sizes and switches.
         tensors: by transformers' name in a base model, and `lm_head.weight`; what has no such name
             by its own.
+        dropped: names of tensors left out on purpose, and why.
         inputs_first: whether matrices are (inputs, outputs).
         biases_optional: whether a missing bias is a bias of zeros.
-        dropped: names of tensors left out on purpose, and why.
         tokenizer: the vocabulary that came with it.
         unchecked: files without a checksum, in their format or in a list of digests.
     """
@@ -82,9 +77,9 @@ class GPT2Source:
     path: str
     config: ScratchGPTConfig
     tensors: dict[str, StoredTensor]
+    dropped: dict[str, str] = field(default_factory=dict)
     inputs_first: bool = False
     biases_optional: bool = False
-    dropped: dict[str, str] = field(default_factory=dict)
     tokenizer: ScratchGPTTokenizer | None = None
     unchecked: list[str] = field(default_factory=list)
 

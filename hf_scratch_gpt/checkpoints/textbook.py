@@ -45,8 +45,7 @@ def read_textbook(
             qkv_bias="trf_blocks.0.att.W_query.bias" in tensors,
         )
     named = _by_gpt2_name(tensors, depth)
-    opened = GPT2Source(f"textbook state dict{assumed}", source, config, named)
-    opened.dropped = dropped
+    opened = GPT2Source(f"textbook state dict{assumed}", source, config, named, dropped)
     opened.untie_or_drop_head()
     return opened
 

@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -88,7 +88,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         ) as unfinished,
         (Path(unfinished) / _LOCK).open("w") as lock,
     ):
-        _is_locked_now(lock)
+        _lock(lock)
         complete = Path(unfinished) / out.name
         yield complete
         _replace(out, complete)
@@ -124,25 +124,16 @@ def _remove_abandoned(out: Path) -> None:
     # Eight random signs are what `tempfile` puts between.
     name = re.compile(rf"\.{re.escape(out.name)}-[a-z0-9_]{{8}}\.unfinished")
     for folder in out.parent.iterdir():
-        if name.fullmatch(folder.name) and not _has_owner(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        if name.fullmatch(folder.name):
+            with suppress(OSError), (folder / _LOCK).open("a") as lock:
+                if _lock(lock):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _has_owner(folder: Path) -> bool:
-    """Whether a running command fills `folder`."""
-    try:
-        with (folder / _LOCK).open("r+") as lock:
-            return not _is_locked_now(lock)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-
-
-def _is_locked_now(file: IO[str]) -> bool:
+def _lock(file: IO[str]) -> bool:
     """Lock `file` until it is closed or this process ends; False where that cannot be done."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, AttributeError):  # a file system without locks, Windows
+    except (OSError, AttributeError):  # a running command has it; no locks here; Windows
         return False
     return True

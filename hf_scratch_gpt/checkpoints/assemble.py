@@ -9,7 +9,7 @@ import torch
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
-from .names import rules_by_layer
+from .names import rules_of
 from .sources import GPT2Source, StoredTensor, told_as_error
 
 _NAMED = 5  # names in one message
@@ -20,14 +20,12 @@ class Piece:
     """One rule applied to one layer: the tensors to write, and the stored ones that make them.
 
     Args:
-        names: of the tensors to write, which are equal parts along the first dimension.
-        shapes: theirs, in the same order.
+        shapes: of the tensors to write by their names; equal parts along the first dimension.
         stored: what lies together along the first dimension; none where zeros are written.
         transposed: whether what is stored is transposed.
     """
 
-    names: list[str]
-    shapes: list[tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
     stored: list[StoredTensor]
     transposed: bool = False
 
@@ -39,17 +37,17 @@ class Piece:
     def check(self) -> None:
         """Raise a ValueError if a stored tensor has not the shape or data type that it needs."""
         for stored in self.stored:
-            outputs, *inputs = self.shapes[0]
+            outputs, *inputs = next(iter(self.shapes.values()))
             whole = (outputs * len(self.shapes) // len(self.stored), *inputs)
             stored.check(whole[::-1] if self.transposed else whole)
 
     def read(self) -> list[torch.Tensor]:
         """The tensors to write, views of what is stored where that is enough."""
         if not self.stored:
-            return [torch.zeros(shape) for shape in self.shapes]
+            return [torch.zeros(shape) for shape in self.shapes.values()]
         parts = [stored.read() for stored in self.stored]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return list((whole.T if self.transposed else whole).chunk(len(self.names)))
+        return list((whole.T if self.transposed else whole).chunk(len(self.shapes)))
 
 
 def plan(source: GPT2Source) -> list[Piece]:
@@ -66,22 +64,15 @@ def plan(source: GPT2Source) -> list[Piece]:
     left = dict(source.tensors)
     pieces: list[Piece] = []
     missing: list[str] = []
-    for rule, layer in rules_by_layer(layers):
-        names = [f"model.{name.format(layer)}" for name in rule.ours]
-        if names[0] not in shapes:  # a bias that this model does without
+    for rule in rules_of(layers):
+        if rule.ours[0] not in shapes:  # a bias that this model does without, a head that is tied
             continue
-        wanted = rule.gpt2.format(layer)
-        if wanted not in left and not (source.biases_optional and wanted.endswith("bias")):
-            missing.append(wanted)
-            continue
-        stored = [left.pop(wanted)] if wanted in left else []
+        stored = [left.pop(rule.gpt2)] if rule.gpt2 in left else []
+        if not stored and not (source.biases_optional and rule.gpt2.endswith("bias")):
+            missing.append(rule.gpt2)
+        ours = {name: shapes[name] for name in rule.ours}
         transposed = rule.is_matrix and source.inputs_first
-        pieces.append(Piece(names, [shapes[name] for name in names], stored, transposed))
-    head = "lm_head.weight"
-    if not source.config.tie_word_embeddings and head in left:
-        pieces.append(Piece([head], [shapes[head]], [left.pop(head)]))
-    elif not source.config.tie_word_embeddings:
-        missing.append(head)
+        pieces.append(Piece(ours, stored, transposed))
     _raise_if_any(missing, f"{source.path} lacks the tensors")
     left_names = [tensor.name for tensor in left.values()]
     _raise_if_any(left_names, f"{source.path} has tensors that GPT-2 has not:")
@@ -98,9 +89,11 @@ def _raise_if_any(names: list[str], what: str) -> None:
 
 
 def shapes_of(config: ScratchGPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of our language model's tensors by name."""
+    """The shapes of our language model's tensors by name, without a head that is tied."""
     with torch.device("meta"):
         ours = ScratchGPTForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        del ours["lm_head.weight"]
     return {name: tuple(tensor.shape) for name, tensor in ours.items()}
 
 
@@ -111,21 +104,20 @@ def common_dtype(pieces: list[Piece]) -> torch.dtype:
 
 def num_parameters(pieces: list[Piece]) -> int:
     """How many numbers the tensors of `pieces` hold."""
-    return sum(prod(shape) for piece in pieces for shape in piece.shapes)
+    return sum(prod(shape) for piece in pieces for shape in piece.shapes.values())
 
 
 def plan_export(ours: Mapping[str, StoredTensor], config: ScratchGPTConfig) -> list[Piece]:
     """How the tensors of transformers' GPT-2 come from `ours`; the inverse of `plan`."""
     pieces = []
-    for rule, layer in rules_by_layer(config.num_hidden_layers):
-        names = [f"model.{name.format(layer)}" for name in rule.ours]
+    for rule in rules_of(config.num_hidden_layers):
+        stored = [ours[name] for name in rule.ours if name in ours]
+        if not stored and rule.gpt2.endswith("weight"):  # of a head that is tied
+            continue
         # GPT-2 has biases everywhere.
-        stored = [ours[name] for name in names] if names[0] in ours else []
         first, *inputs = stored[0].shape if stored else (config.hidden_size,)
-        whole = (first * len(names), *inputs)
+        whole = (first * len(rule.ours), *inputs)
+        name = rule.gpt2 if rule.gpt2 in ours else f"transformer.{rule.gpt2}"
         shape = whole[::-1] if rule.is_matrix else whole
-        name = f"transformer.{rule.gpt2.format(layer)}"
-        pieces.append(Piece([name], [shape], stored, rule.is_matrix))
-    if head := ours.get("lm_head.weight"):
-        pieces.append(Piece([head.name], [head.shape], [head]))
+        pieces.append(Piece({name: shape}, stored, rule.is_matrix))
     return pieces

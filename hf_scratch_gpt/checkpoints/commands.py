@@ -3,9 +3,7 @@
 import argparse
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -99,29 +97,19 @@ def _open_source(options: argparse.Namespace) -> GPT2Source:
 
 def _run(work: Callable[[], list[str]]) -> int:
     """Print the report of `work`; return an exit code, 1 after an error told in one line."""
+    # SIGTERM does what Ctrl-C does, so that what is unfinished is removed.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _terminated_as_interrupted():
-            report = work()
+        print("\n".join(work()))
+        return 0
     except (OSError, ValueError) as error:
         print(f"error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing was changed", file=sys.stderr)
         return 130
-    print("\n".join(report))
-    return 0
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C, so that what is unfinished is removed."""
-    is_main = threading.current_thread() is threading.main_thread()  # only that one gets signals
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
-    try:
-        yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _printable(text: str) -> str:

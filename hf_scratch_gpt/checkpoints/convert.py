@@ -15,27 +15,6 @@ from .sources import GPT2Source
 from .verify import verify
 from .weights import write_weights
 
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, scratch_gpt]
----
-
-# GPT-2, {parameters:,} parameters
-
-Converted from `{name}` ({origin}) with hf_scratch_gpt. Load it with \
-`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`.
-
-{config.num_hidden_layers} layers, {config.num_attention_heads} heads, width \
-{config.hidden_size}, {config.max_position_embeddings} positions, {config.vocab_size:,} tokens, \
-in {dtype}.
-
-| File | Bytes | SHA-256 |
-| --- | ---: | --- |
-{rows}
-"""
-
 
 def convert(
     source: GPT2Source,
@@ -63,17 +42,17 @@ def convert(
     pieces = plan(source)
     dtype, parameters = dtype or common_dtype(pieces), num_parameters(pieces)
     report = list(_read_and_dropped(source))
-    with torch.device("meta"):
-        model = ScratchGPTForCausalLM(source.config).to(dtype)
     with new_folder(out) as complete:
-        save_all_but_weights(model, Path(source.path), complete)
+        origin = Path(source.path)
+        save_all_but_weights(ScratchGPTForCausalLM, source.config, dtype, origin, complete)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(complete)
-        digests = write_weights(complete, pieces, dtype, max_shard_size)
+        write_weights(complete, pieces, dtype, max_shard_size)
         if check:
             largest, mean = verify(source, complete)
             report.append(f"checked  logits differ by {largest:.2g} at most, {mean:.2g} on average")
-        _write_model_card(complete, source, dtype, parameters, digests)
+        card = _model_card(complete, source, dtype, parameters)
+        (complete / "README.md").write_text(card, encoding="utf-8")
     report.append(f"wrote    {parameters:,} parameters in {dtype} to {out}")
     return report
 
@@ -93,24 +72,34 @@ def _read_and_dropped(source: GPT2Source) -> Iterator[str]:
         yield "lacks    a vocabulary; --tokenizer saves one with the model"
 
 
-def _write_model_card(
-    folder: Path, source: GPT2Source, dtype: torch.dtype, parameters: int, digests: dict[str, str]
-) -> None:
-    """Write README.md: origin, sizes, files and their SHA-256, of which some are in `digests`."""
+def _model_card(folder: Path, source: GPT2Source, dtype: torch.dtype, parameters: int) -> str:
+    """The text of README.md: origin, sizes, the files in `folder` and their SHA-256."""
     rows = [
-        f"| {path.name} | {path.stat().st_size:,} | `{digests.get(path.name) or sha256(path)}` |"
+        f"| {path.name} | {path.stat().st_size:,} | `{sha256(path)}` |"
         for path in sorted(folder.iterdir())
         if path.is_file()
     ]
-    card = _CARD.format(
-        parameters=parameters,
-        name=name_of(source.path),
-        origin=source.origin,
-        config=source.config,
-        dtype=str(dtype).removeprefix("torch."),
-        rows="\n".join(rows),
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    config, newline = source.config, "\n"
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, scratch_gpt]
+---
+
+# GPT-2, {parameters:,} parameters
+
+Converted from `{name_of(source.path)}` ({source.origin}) with hf_scratch_gpt. Load it with \
+`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`.
+
+{config.num_hidden_layers} layers, {config.num_attention_heads} heads, width \
+{config.hidden_size}, {config.max_position_embeddings} positions, {config.vocab_size:,} tokens, \
+in {str(dtype).removeprefix("torch.")}.
+
+| File | Bytes | SHA-256 |
+| --- | ---: | --- |
+{newline.join(rows)}
+"""
 
 
 def name_of(source: str) -> str:

@@ -6,7 +6,6 @@ that know only transformers' GPT-2.
 
 from pathlib import Path
 
-import torch
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from ..files import new_folder
@@ -39,10 +38,8 @@ def export(source: Path, out: Path) -> list[str]:
     config, stored = read_saved(source)
     pieces = plan_export(stored, config)
     dtype = common_dtype(pieces)
-    with torch.device("meta"):
-        theirs = GPT2LMHeadModel(gpt2_config(config)).to(dtype)
     with new_folder(out) as complete:
-        save_all_but_weights(theirs, source, complete)
+        save_all_but_weights(GPT2LMHeadModel, gpt2_config(config), dtype, source, complete)
         if any((source / name).is_file() for name in ("vocab.json", "tokenizer.json")):
             _save_tokenizer(source, complete)
         write_weights(complete, pieces, dtype)

@@ -1,8 +1,6 @@
 """Read a GPT-2 in transformers' format, from a folder or the hub."""
 
-import json
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
-from .digests import unchecked_files
+from ..model.vocabulary_scratch_gpt import read_json, read_text
 from .pickles import Pickle
 from .sources import WRAPPERS, GPT2Source, StoredTensor, by_plain_name, told_as_error
 
@@ -31,14 +29,12 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     if not folder.is_dir():
         folder = _download(OFFICIAL.get(source, source))
     config = _config(folder)
-    files = weight_files(folder)
-    by_file = (
-        safetensors(file) if file.suffix == ".safetensors" else Pickle(str(file)).tensors()
-        for file in files
-    )
-    tensors, dropped = by_plain_name(chain.from_iterable(by_file), (*WRAPPERS, "transformer."))
-    opened = GPT2Source("transformers GPT-2", source, config, tensors, inputs_first=True)
-    opened.dropped, opened.unchecked = dropped, unchecked_files(files)
+    stored: list[StoredTensor] = []
+    for file in weight_files(folder):
+        is_pickle = file.suffix != ".safetensors"
+        stored += Pickle(str(file)).tensors() if is_pickle else safetensors(file)
+    named = by_plain_name(stored, (*WRAPPERS, "transformer."))
+    opened = GPT2Source("transformers GPT-2", source, config, *named, inputs_first=True)
     if config.tie_word_embeddings:
         opened.untie_or_drop_head()
     vocabulary_files = ScratchGPTTokenizer.vocab_files_names.values()
@@ -50,12 +46,7 @@ def read_hf_gpt2(source: str) -> GPT2Source:
 
 def _config(folder: Path) -> ScratchGPTConfig:
     path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is not a JSON object in UTF-8") from None
+    kind = read_json(read_text(path), str(path)).get("model_type")
     if kind == ScratchGPTConfig.model_type:
         raise ValueError(
             f"{folder} holds a {kind} model already, which needs no conversion; to refresh its "
@@ -86,23 +77,13 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            return [folder / shard for shard in _shards(index)]
+            with told_as_error(index):
+                shards = set(read_json(read_text(index), str(index))["weight_map"].values())
+                for shard in shards:
+                    if Path(shard).name != shard or not (folder / shard).is_file():
+                        raise ValueError(f"{index} lists {shard}, which is missing beside it")
+            return [folder / shard for shard in sorted(shards)]
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
-
-
-def _shards(index: Path) -> list[str]:
-    """The names of the weight files that `index` lists."""
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        is_missing = [
-            Path(shard).name != shard or not (index.parent / shard).is_file() for shard in shards
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{index} is not an index of weight files") from None
-    if any(is_missing):
-        shard = shards[is_missing.index(True)]
-        raise ValueError(f"{index.parent / shard} is missing, and {index} lists it")
-    return shards
 
 
 def safetensors(path: Path) -> list[StoredTensor]:
@@ -111,10 +92,10 @@ def safetensors(path: Path) -> list[StoredTensor]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # it is not a mapping
-                tensor = file.get_tensor(name)
-                read = partial(_read, path, name)
-                shape = tuple(tensor.shape)
-                stored.append(StoredTensor(name, str(path), shape, tensor.dtype, read))
+                tensor, read = file.get_tensor(name), partial(_read, path, name)
+                stored.append(
+                    StoredTensor(name, str(path), tuple(tensor.shape), tensor.dtype, read)
+                )
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from None
     return stored

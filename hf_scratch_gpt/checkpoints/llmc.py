@@ -12,8 +12,7 @@ import torch
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from .assemble import shapes_of
-from .digests import unchecked_files
-from .names import rules_by_layer
+from .names import rules_of
 from .sources import GPT2Source, StoredTensor, map_tensor, told_as_error
 
 MAGIC = 20240326
@@ -50,8 +49,7 @@ def read_llmc(source: str) -> GPT2Source:
     size = path.stat().st_size
     if size != end:
         raise ValueError(f"{source} has {size} bytes, and the sizes in its header take {end}")
-    unchecked = unchecked_files([path])
-    opened = GPT2Source(f"llm.c, version {version}", source, config, tensors, unchecked=unchecked)
+    opened = GPT2Source(f"llm.c, version {version}", source, config, tensors)
     if vocabulary != padded:
         opened.trim_vocabulary(vocabulary)
     return opened
@@ -63,11 +61,11 @@ def _tensors(
     """Where each tensor lies, by transformers' names, and where the last ends."""
     tensors, end = {}, _HEADER
     shapes = shapes_of(config)
-    for rule, layer in rules_by_layer(config.num_hidden_layers):
-        name = rule.gpt2.format(layer)
-        outputs, *inputs = shapes[f"model.{rule.ours[0].format(layer)}"]
-        shape = (outputs * len(rule.ours), *inputs)
-        read = partial(map_tensor, source, end, shape, dtype)
-        tensors[name] = StoredTensor(name, source, shape, dtype, read)
-        end += prod(shape) * dtype.itemsize
+    for rule in rules_of(config.num_hidden_layers):
+        if rule.ours[0] in shapes:  # all but the head
+            outputs, *inputs = shapes[rule.ours[0]]
+            shape = (outputs * len(rule.ours), *inputs)
+            read = partial(map_tensor, source, end, shape, dtype)
+            tensors[rule.gpt2] = StoredTensor(rule.gpt2, source, shape, dtype, read)
+            end += prod(shape) * dtype.itemsize
     return tensors, end

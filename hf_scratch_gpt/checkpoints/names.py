@@ -74,11 +74,14 @@ TABLE: list[Rule] = [
 ]
 
 
-def rules_by_layer(num_layers: int) -> Iterator[tuple[Rule, int]]:
-    """Each rule of the table, once for each layer if layers have it."""
+def rules_of(num_layers: int) -> Iterator[Rule]:
+    """The rules of a language model, written out for each layer; that of its head is the last."""
     for rule in TABLE:
         for layer in range(num_layers if rule.in_block else 1):
-            yield rule, layer
+            ours = tuple(f"model.{name.format(layer)}" for name in rule.ours)
+            textbook = tuple(name.format(layer) for name in rule.textbook)
+            yield Rule(rule.gpt2.format(layer), ours, textbook, rule.is_matrix)
+    yield Rule("lm_head.weight", ("lm_head.weight",), ("out_head.weight",))
 
 
 def is_causal_mask(name: str) -> bool:
@@ -105,13 +108,11 @@ BASE_MODEL_RULES = [
     WeightRenaming(r"^(?:transformer\.)?h\.", "layers."),
     *map(_loading_rules, TABLE),
 ]
-TOKEN_CLASSIFICATION_RULES = [WeightRenaming(r"^classifier\.", "score.")]
 
 
 def register_gpt2_rules() -> None:
     """Let `from_pretrained` of every model here read GPT-2 checkpoints."""
     # By class name, since the heads share one model type and one of them has a rule of its own.
     register_checkpoint_conversion_mapping("ScratchGPTModel", BASE_MODEL_RULES, overwrite=True)
-    register_checkpoint_conversion_mapping(
-        "ScratchGPTForTokenClassification", TOKEN_CLASSIFICATION_RULES, overwrite=True
-    )
+    head = [WeightRenaming(r"^classifier\.", "score.")]
+    register_checkpoint_conversion_mapping("ScratchGPTForTokenClassification", head, overwrite=True)

@@ -1,9 +1,9 @@
 """Read a checkpoint of nanoGPT (github.com/karpathy/nanoGPT, train.py): `ckpt.pt`."""
 
 from pathlib import Path
+from typing import Any
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
-from .digests import unchecked_files
 from .pickles import Pickle
 from .sources import WRAPPERS, GPT2Source, by_plain_name, told_as_error
 
@@ -18,23 +18,20 @@ def read_nanogpt(source: str) -> GPT2Source:
     if not isinstance(pickle.content, dict) or not {"model", "model_args"} <= pickle.content.keys():
         raise ValueError(f"{path} is not a nanoGPT checkpoint: it lacks model or model_args")
     config = _config(pickle.content["model_args"], path)
-    tensors, dropped = by_plain_name(pickle.tensors("model"), (*WRAPPERS, "transformer."))
-    opened = GPT2Source("nanoGPT", path, config, tensors, biases_optional=not config.qkv_bias)
-    opened.dropped, opened.unchecked = dropped, unchecked_files([Path(path)])
+    named = by_plain_name(pickle.tensors("model"), (*WRAPPERS, "transformer."))
+    opened = GPT2Source("nanoGPT", path, config, *named, biases_optional=not config.qkv_bias)
     opened.untie_or_drop_head()
     if config.vocab_size == _PADDED:
         opened.trim_vocabulary(_VOCABULARY)
     return opened
 
 
-def _config(arguments: object, path: str) -> ScratchGPTConfig:
+def _config(arguments: Any, path: str) -> ScratchGPTConfig:
     """The configuration that nanoGPT's `model_args` describe."""
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{path}: model_args is a {type(arguments).__name__}, not a dictionary")
     sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
-    if missing := [name for name in sizes if name not in arguments]:
-        raise ValueError(f"{path}: model_args lack {', '.join(missing)}")
     with told_as_error(f"{path}: model_args"):
+        if missing := [name for name in sizes if name not in arguments]:
+            raise ValueError(f"lacks {', '.join(missing)}")
         return ScratchGPTConfig(
             **{name: arguments[name] for name in sizes[:-1]},
             max_position_embeddings=arguments["block_size"],

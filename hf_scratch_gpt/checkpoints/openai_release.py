@@ -11,7 +11,7 @@ from pathlib import Path
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import END_OF_TEXT, read_json, read_text
-from .names import rules_by_layer
+from .names import rules_of
 from .sources import TOKENS, GPT2Source, StoredTensor, told_as_error
 from .tensor_bundle import read_bundle
 
@@ -30,10 +30,9 @@ def read_openai_release(source: str) -> GPT2Source:
     checkpoint = _checkpoint_name(folder / "checkpoint")
     stored = {tensor.name: tensor for tensor in read_bundle(folder / checkpoint)}
     tensors = {}
-    for rule, layer in rules_by_layer(min(config.num_hidden_layers, len(stored))):
-        name = rule.gpt2.format(layer)
-        if (tensor := stored.pop(_openai_name(name), None)) is not None:
-            tensors[name] = _as_matrix(tensor) if rule.is_matrix else tensor
+    for rule in rules_of(min(config.num_hidden_layers, len(stored))):
+        if (tensor := stored.pop(_openai_name(rule.gpt2), None)) is not None:
+            tensors[rule.gpt2] = _as_matrix(tensor) if rule.is_matrix else tensor
     opened = GPT2Source("OpenAI release", source, config, tensors | stored, inputs_first=True)
     opened.adopt(tokenizer)
     return opened

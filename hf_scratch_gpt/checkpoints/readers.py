@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
+from .digests import unchecked_files
 from .hf_gpt2 import read_hf_gpt2
 from .llmc import is_llmc, read_llmc
 from .nanogpt import read_nanogpt
@@ -58,6 +59,9 @@ def open_source(
     """
     kind = kind or recognize(source)
     opened = FORMATS[kind](source, **(options if kind == "textbook" else {}))
+    if kind != "openai":  # its checkpoints have checksums of their own
+        files = {tensor.file for tensor in opened.tensors.values()}
+        opened.unchecked = unchecked_files([Path(file) for file in sorted(files)])
     if tokenizer is not None:
         opened.adopt(ScratchGPTTokenizer.from_pretrained(tokenizer))
     if opened.tokenizer is not None and len(opened.tokenizer) > opened.config.vocab_size:

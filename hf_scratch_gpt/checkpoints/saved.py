@@ -1,12 +1,15 @@
 """Read a saved model of ours one tensor at a time, and write all but the weights of a new one."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+import torch
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..files import without_progress_bars
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
+from ..model.vocabulary_scratch_gpt import read_json, read_text
 from .assemble import shapes_of
 from .hf_gpt2 import safetensors, weight_files
 from .sources import TOKENS, StoredTensor, told_as_error
@@ -18,17 +21,15 @@ def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]
     A ValueError tells what is damaged, missing or left over.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; name the folder of a saved model")
+    kind, ours = (
+        read_json(read_text(path), str(path)).get("model_type"),
+        ScratchGPTConfig.model_type,
+    )
+    if kind != ours:
+        raise ValueError(f"{path} is of a model of type {kind!r}; name the folder of a {ours}")
     with told_as_error(path):
-        kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
-        if kind != ScratchGPTConfig.model_type:
-            ours = ScratchGPTConfig.model_type
-            raise ValueError(f"{path} is of a model of type {kind!r}; name the folder of a {ours}")
         config = ScratchGPTConfig.from_pretrained(folder)
         shapes = shapes_of(config)
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
     stored: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         if file.suffix != ".safetensors":
@@ -47,18 +48,22 @@ def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]
     return config, stored
 
 
-def save_all_but_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Write configurations and code of `model`, on the meta device, to `folder`.
+def save_all_but_weights(
+    model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype, source: Path, folder: Path
+) -> None:
+    """Write configurations and code of a model to `folder`.
 
-    How `source` generates is kept, with the special tokens of `model` where it has none.
+    How `source` generates is kept, with the special tokens of `config` where it has none.
     """
+    with torch.device("meta"):
+        model = model_class(config).to(dtype)
     path = source / GENERATION_CONFIG_NAME
     if path.is_file():
         with told_as_error(path):
             generation_config = GenerationConfig.from_pretrained(source)
             for name in TOKENS:
                 if getattr(generation_config, name) is None:
-                    setattr(generation_config, name, getattr(model.config, name))
+                    setattr(generation_config, name, getattr(config, name))
             generation_config.validate(strict=True)
         model.generation_config = generation_config
     with without_progress_bars():  # they would count no weights

@@ -4,7 +4,6 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -27,14 +26,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is still in its file.
+    """A tensor with its name, shape and data type in a file, where it still is.
 
-    Args:
-        name: its name in the source.
-        file: the file, for messages.
-        shape: its shape there.
-        dtype: its data type there.
-        read: reads it; each call reads it anew.
+    `read` reads it, each time anew.
     """
 
     name: str
@@ -47,6 +41,10 @@ class StoredTensor:
     def where(self) -> str:
         """File and name, for messages."""
         return f"{self.file}: {self.name}"
+
+    def first_rows(self, size: int) -> "StoredTensor":
+        """The first `size` of its rows."""
+        return replace(self, shape=(size, *self.shape[1:]), read=lambda: self.read()[:size])
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless it has the `shape` and the data type of a weight."""
@@ -68,9 +66,9 @@ class GPT2Source:
         config: sizes and switches.
         tensors: by transformers' name in a base model, and `lm_head.weight`; what has no such name
             by its own.
+        dropped: names of tensors left out on purpose, and why.
         inputs_first: whether matrices are (inputs, outputs).
         biases_optional: whether a missing bias is a bias of zeros.
-        dropped: names of tensors left out on purpose, and why.
         tokenizer: the vocabulary that came with it.
         unchecked: files without a checksum, in their format or in a list of digests.
     """
@@ -79,9 +77,9 @@ class GPT2Source:
     path: str
     config: ScratchGPTConfig
     tensors: dict[str, StoredTensor]
+    dropped: dict[str, str] = field(default_factory=dict)
     inputs_first: bool = False
     biases_optional: bool = False
-    dropped: dict[str, str] = field(default_factory=dict)
     tokenizer: ScratchGPTTokenizer | None = None
     unchecked: list[str] = field(default_factory=list)
 
@@ -112,17 +110,12 @@ class GPT2Source:
                 continue
             if len(whole.shape) != 2 or whole.shape[0] < size:
                 raise ValueError(f"{whole.where} has shape {list(whole.shape)}, below {size} rows")
-            first_rows = partial(_first_rows, whole, size)
-            self.tensors[name] = replace(whole, shape=(size, whole.shape[1]), read=first_rows)
+            self.tensors[name] = whole.first_rows(size)
             rows = whole.shape[0] - size
             self.dropped[f"{whole.name}, last {rows} rows"] = "padding of the vocabulary"
         self.config.vocab_size = size
         for token in TOKENS:
             setattr(self.config, token, size - 1)
-
-
-def _first_rows(stored: StoredTensor, size: int) -> torch.Tensor:
-    return stored.read()[:size]
 
 
 @contextmanager

@@ -88,18 +88,16 @@ def _index_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - _FOOTER_SIZE))
-        footer = file.read()
-    if len(footer) < _FOOTER_SIZE or int.from_bytes(footer[-8:], "little") != _MAGIC:
-        raise ValueError(
-            f"{path} does not end like a TensorFlow V2 checkpoint index; is it the right file?"
-        )
     if size > _LARGEST_INDEX:
         raise ValueError(
             f"{path} has {size} bytes; the index of a GPT-2 is smaller than {_LARGEST_INDEX}"
         )
-    return path.read_bytes()
+    data = path.read_bytes()
+    if size < _FOOTER_SIZE or int.from_bytes(data[-8:], "little") != _MAGIC:
+        raise ValueError(
+            f"{path} does not end like a TensorFlow V2 checkpoint index; is it the right file?"
+        )
+    return data
 
 
 # What follows raises an IndexError where data ends too early, and a TypeError where bytes stand in

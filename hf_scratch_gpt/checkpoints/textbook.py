@@ -7,13 +7,11 @@ its LayerNorms have `scale` and `shift` (Raschka, Build a Large Language Model F
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from ..model.configuration_scratch_gpt import PRESETS, ScratchGPTConfig
-from .digests import unchecked_files
-from .names import rules_by_layer
+from .names import rules_of
 from .pickles import Pickle
 from .sources import GPT2Source, StoredTensor, by_plain_name, told_as_error
 
@@ -47,8 +45,7 @@ def read_textbook(
             qkv_bias="trf_blocks.0.att.W_query.bias" in tensors,
         )
     named = _by_gpt2_name(tensors, depth)
-    opened = GPT2Source(f"textbook state dict{assumed}", source, config, named)
-    opened.dropped, opened.unchecked = dropped, unchecked_files([Path(source)])
+    opened = GPT2Source(f"textbook state dict{assumed}", source, config, named, dropped)
     opened.untie_or_drop_head()
     return opened
 
@@ -56,12 +53,9 @@ def read_textbook(
 def _by_gpt2_name(tensors: dict[str, StoredTensor], depth: int) -> dict[str, StoredTensor]:
     """`tensors` by transformers' names where they have one; query, key and value are joined."""
     left, named = dict(tensors), {}
-    if "out_head.weight" in left:
-        named["lm_head.weight"] = left.pop("out_head.weight")
-    for rule, layer in rules_by_layer(min(depth, len(tensors))):
-        names = [name.format(layer) for name in rule.textbook]
-        if all(name in left for name in names):
-            named[rule.gpt2.format(layer)] = _joined([left.pop(name) for name in names])
+    for rule in rules_of(min(depth, len(tensors))):
+        if all(name in left for name in rule.textbook):
+            named[rule.gpt2] = _joined([left.pop(name) for name in rule.textbook])
     return named | left
 
 

@@ -6,10 +6,8 @@ is the whole model. The format is simple enough to be written in order
 with the place of each tensor, the tensors.
 """
 
-import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,38 +21,30 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 
 def write_weights(
     folder: Path, pieces: list[Piece], dtype: torch.dtype, max_shard_size: str = "50GB"
-) -> dict[str, str]:
+) -> None:
     """Read all tensors of `pieces` and write them to `folder`, cast to `dtype`.
 
     Args:
         max_shard_size: largest size of one file, such as "5GB"; several get an index.
-
-    Returns:
-        The SHA-256 of each weight file by its name.
 
     Raises:
         ValueError: `max_shard_size` is not a size, or a tensor holds NaN or infinity or does not
             fit `dtype`; names it.
     """
     file_of, headers = _lay_out(folder, pieces, dtype, max_shard_size)
-    digests = {}
     for file, header in headers.items():
         (folder / file).write_bytes(header)
-        digests[file] = hashlib.sha256(header)
     size = num_parameters(pieces) * dtype.itemsize
     bar = logging.tqdm(total=size, unit="B", unit_scale=True, desc="Converting")
-    with bar, ThreadPoolExecutor(1) as pool:
+    with bar:
         for piece in pieces:
-            for name, tensor in zip(piece.names, piece.read(), strict=True):
+            for name, tensor in zip(piece.shapes, piece.read(), strict=True):
                 data = _bytes(tensor, dtype, piece.where)
-                hashing = pool.submit(digests[file_of[name]].update, data)
                 with (folder / file_of[name]).open("ab") as shard:
                     shard.write(data)
-                hashing.result()
                 bar.update(len(data))
-    for name in digests:
-        _bring_to_disk(folder / name)
-    return {name: digest.hexdigest() for name, digest in digests.items()}
+    for file in headers:
+        _bring_to_disk(folder / file)
 
 
 def _lay_out(
@@ -64,7 +54,7 @@ def _lay_out(
     tensors = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for piece in pieces
-        for name, shape in zip(piece.names, piece.shapes, strict=True)
+        for name, shape in piece.shapes.items()
     }
     try:
         split = split_torch_state_dict_into_shards(

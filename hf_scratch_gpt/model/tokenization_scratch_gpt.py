@@ -8,7 +8,7 @@ the same merges, several times slower. `check_encoders` makes sure that both agr
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from .bpe_scratch_gpt import build_tiktoken, check_encoders, mended, suits_tiktoken
-from .vocabulary_scratch_gpt import (
-    END_OF_TEXT,
-    read_text,
-    read_tokenizer_json,
-    read_vocabulary,
-)
+from .vocabulary_scratch_gpt import END_OF_TEXT, read_text, read_tokenizer_json, read_vocabulary
 
 # From here on, in characters, a batch is worth threads.
 _LARGE_BATCH = 1 << 20
@@ -51,16 +46,13 @@ class _Alignment(Sequence):
 
     def __init__(self, count: int, compute: Callable[[], list[Any]]) -> None:
         self._count = count
-        self._compute = compute
-        self._encodings: list[Any] | None = None
+        self._encodings = cache(compute)
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: Any) -> Any:
-        if self._encodings is None:
-            self._encodings = self._compute()
-        return self._encodings[index]
+        return self._encodings()[index]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)
@@ -119,20 +111,12 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             add_prefix_space |= bool(described["pre_tokenizer"].get("add_prefix_space"))
             _take_settings(described, kwargs)
         pad_token = eos_token if pad_token is None else pad_token
-        named = [
-            bos_token,
-            eos_token,
-            pad_token,
-            unk_token,
-            *(kwargs.get("extra_special_tokens") or []),
-        ]
-        special = {
-            str(token) for token in (*named, *(kwargs.get("added_tokens_decoder") or {}).values())
-        }
-        vocabulary = read_vocabulary(
-            vocab_file and os.fspath(vocab_file), merges_file, described, special
+        special = [bos_token, eos_token, pad_token, unk_token]
+        special += kwargs.get("extra_special_tokens") or []
+        special += (kwargs.get("added_tokens_decoder") or {}).values()
+        vocabulary = self._vocabulary = read_vocabulary(
+            vocab_file and os.fspath(vocab_file), merges_file, described, set(map(str, special))
         )
-        self._vocabulary = vocabulary
         self._tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges))
         check_encoders(vocabulary, self._tokenizer)
         # The same model without added tokens, truncation and padding: nothing that is set later
@@ -210,7 +194,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             self._eventual_warn_about_too_long_sequence(
                 ids, options.get("max_length"), options.get("verbose", True)
             )
-        alignment = self._alignment(tuple(texts), rows, options)
+        alignment = self._alignment(list(texts), rows, options)
         data: dict[str, Any] = self._padded(rows, options)
         wanted = options.get("return_attention_mask")
         if wanted is None:
@@ -223,18 +207,17 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         return BatchEncoding(data, alignment, tensor_type=tensors, n_sequences=1)
 
     def _alignment(
-        self, texts: tuple[str, ...], rows: list[list[int]], options: dict[str, Any]
+        self, texts: list[str], rows: list[list[int]], options: dict[str, Any]
     ) -> _Alignment:
         """Offsets and words of `texts`, whose ids, truncated but not padded, are `rows`."""
         lengths = [len(ids) for ids in rows]
-        width = self._width(lengths, options)
+        width, aligner = self._width(rows, options), self._aligner
         truncated_at = self.truncation_side
+        padding = dict(pad_id=self.pad_token_id, pad_token=self.pad_token) if width else {}
         padded_at = options.get("padding_side") or self.padding_side
-        padding = {"pad_id": self.pad_token_id, "pad_token": self.pad_token} if width else {}
-        aligner = self._aligner
 
         def compute() -> list[Any]:
-            encodings = aligner.encode_batch(list(texts))
+            encodings = aligner.encode_batch(texts)
             for encoding, length in zip(encodings, lengths, strict=True):
                 if len(encoding) > length:
                     encoding.truncate(length, direction=truncated_at)
@@ -242,7 +225,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
                     encoding.pad(width, direction=padded_at, **padding)
             return list(encodings)
 
-        return _Alignment(len(rows), compute)
+        return _Alignment(len(texts), compute)
 
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
@@ -286,18 +269,19 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             return [ids[:limit] for ids in rows]
         return [ids[max(0, len(ids) - limit) :] for ids in rows]
 
-    def _width(self, lengths: list[int], options: dict[str, Any]) -> int:
+    def _width(self, rows: list[list[int]], options: dict[str, Any]) -> int:
         """The length to pad to, 0 for none."""
         strategy = options.get("padding_strategy", PaddingStrategy.DO_NOT_PAD)
         if strategy == PaddingStrategy.DO_NOT_PAD:
             return 0
-        width = max(lengths) if strategy == PaddingStrategy.LONGEST else options["max_length"]
+        is_longest = strategy == PaddingStrategy.LONGEST
+        width = max(map(len, rows)) if is_longest else options["max_length"]
         return width + -width % (options.get("pad_to_multiple_of") or 1)
 
     def _padded(self, rows: list[list[int]], options: dict[str, Any]) -> dict[str, list[list[int]]]:
         """Ids and attention masks, padded as `options` say."""
         masks = [[1] * len(ids) for ids in rows]
-        if width := self._width([len(ids) for ids in rows], options):
+        if width := self._width(rows, options):
             left = (options.get("padding_side") or self.padding_side) == "left"
             for columns, filling in ((rows, self.pad_token_id), (masks, 0)):
                 for number, row in enumerate(columns):
@@ -307,13 +291,11 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
 
     def _encode_ordinary(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of plain texts."""
-        encode = self._tiktoken.encode_ordinary
         workers = os.cpu_count() or 1
         if len(texts) > 1 and workers > 1 and sum(map(len, texts)) > _LARGE_BATCH:
-            with ThreadPoolExecutor(workers) as pool:
-                rows = list(pool.map(encode, texts))
+            rows = self._tiktoken.encode_ordinary_batch(list(texts), num_threads=workers)
         else:
-            rows = [encode(text) for text in texts]
+            rows = [self._tiktoken.encode_ordinary(text) for text in texts]
         if self._id_of_rank is None:
             return rows
         return [[self._id_of_rank[rank] for rank in ranks] for ranks in rows]
@@ -353,16 +335,11 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
 
 def _take_settings(described: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """Add what a `tokenizer.json` says beyond its vocabulary to the arguments of `__init__`."""
-    added = {token["id"]: dict(token) for token in described["added_tokens"]}
     if not kwargs.get("added_tokens_decoder"):
-        for token in added.values():
-            token.pop("id")
-        kwargs["added_tokens_decoder"] = {
-            token_id: AddedToken(**token) for token_id, token in added.items()
-        }
-    if (processor := described.get("post_processor")) is not None and not (
-        "add_bos_token" in kwargs or "add_eos_token" in kwargs
-    ):
+        added = [dict(token) for token in described["added_tokens"]]
+        kwargs["added_tokens_decoder"] = {token.pop("id"): AddedToken(**token) for token in added}
+    processor = described.get("post_processor")
+    if processor is not None and not kwargs.keys() & {"add_bos_token", "add_eos_token"}:
         bare = {"type": "BPE", "vocab": {}, "merges": []}
         carrier = {"version": "1.0", "model": bare, "post_processor": processor}
         kwargs.setdefault("post_processor", Tokenizer.from_str(json.dumps(carrier)).post_processor)

@@ -9,6 +9,7 @@ import base64
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +18,8 @@ from typing import Any
 END_OF_TEXT = "<|endoftext|>"
 
 # Switches of the tokenizers library that make another BPE of it.
-_OTHER_BPE = (
-    "dropout",
-    "byte_fallback",
-    "ignore_merges",
-    "continuing_subword_prefix",
-    "end_of_word_suffix",
-)
+_OTHER_BPE = ["dropout", "byte_fallback", "ignore_merges"]
+_OTHER_BPE += ["continuing_subword_prefix", "end_of_word_suffix"]
 
 
 def byte_to_unicode() -> dict[int, str]:
@@ -46,6 +42,11 @@ _TO_LATIN_1 = {ord(character): byte for byte, character in BYTE_TO_UNICODE.items
 def token_bytes(token: str) -> bytes:
     """The bytes of a token as a vocabulary file writes it."""
     return token.translate(_TO_LATIN_1).encode("latin-1")
+
+
+def token_text(token: bytes) -> str:
+    """A token of these bytes as a vocabulary file writes it."""
+    return token.decode("latin-1").translate(BYTE_TO_UNICODE)
 
 
 @dataclass
@@ -71,31 +72,24 @@ def read_vocabulary(
     described: dict[str, Any] | None,
     special: set[str],
 ) -> Vocabulary:
-    """Read the vocabulary from the files there are.
+    """Read the vocabulary from the files that the tokenizer is given, and check it.
 
-    Args:
-        vocab_file: JSON object of tokens and ids (`vocab.json`, OpenAI's `encoder.json`), or ranks
-            as tiktoken stores them (`*.tiktoken`).
-        merges_file: the merges, one a line (`merges.txt`, OpenAI's `vocab.bpe`); goes with the
-            JSON.
-        described: the content of a `tokenizer.json`, used if the two are not given.
-        special: tokens that no merge makes.
-
-    Raises:
-        ValueError: a file is missing or damaged, or contradicts another; names file and line or
-            token.
+    `described` is the content of a `tokenizer.json`, used if there are no other files; no merge
+    needs to make a token that is `special`. A ValueError names file and line or token.
     """
     if vocab_file is not None and vocab_file.endswith(".tiktoken"):
-        return check(read_ranks(Path(vocab_file)), special)
-    if vocab_file is not None and merges_file is not None:
-        return check(read_pair(Path(vocab_file), Path(merges_file)), special)
-    if described is not None:
-        return check(read_description(described), special)
-    given = vocab_file or merges_file or "no file"
-    raise ValueError(
-        "a vocabulary takes vocab.json and merges.txt (or encoder.json and vocab.bpe), a "
-        f"tokenizer.json or a .tiktoken file; there is {given}"
-    )
+        vocabulary = read_ranks(Path(vocab_file))
+    elif vocab_file is not None and merges_file is not None:
+        vocabulary = read_pair(Path(vocab_file), Path(merges_file))
+    elif described is not None:
+        vocabulary = read_description(described)
+    else:
+        raise ValueError(
+            "a vocabulary takes vocab.json and merges.txt (or encoder.json and vocab.bpe), a "
+            f"tokenizer.json or a .tiktoken file; there is {vocab_file or merges_file or 'no file'}"
+        )
+    check(vocabulary, special)
+    return vocabulary
 
 
 def read_text(path: Path) -> str:
@@ -143,9 +137,8 @@ def read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
             continue
         parts = line.split(" ")
         if len(parts) != 2 or not all(parts):
-            raise ValueError(
-                f"{merges_path}, line {number} is not two tokens with a space between: {line!r}"
-            )
+            where = f"{merges_path}, line {number}"
+            raise ValueError(f"{where} is not two tokens with a space between: {line!r}")
         merges.append((parts[0], parts[1]))
         lines.append(number)
     return Vocabulary(ids, merges, str(merges_path), lines)
@@ -207,20 +200,15 @@ def read_ranks(path: Path) -> Vocabulary:
         if token in ranks:
             raise ValueError(f"{path}, line {number} has token {token!r} a second time")
         ranks[token] = rank
-    ids = {"".join(BYTE_TO_UNICODE[byte] for byte in token): rank for token, rank in ranks.items()}
+    ids = {token_text(token): rank for token, rank in ranks.items()}
     check_ids(ids, str(path))
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            parts = parts_before(token, rank, ranks)
-            if len(parts) != 2 and _is_markup(token.decode("latin-1")):
-                continue
-            if len(parts) != 2:
-                raise ValueError(
-                    f"{path}: no two tokens of lower rank make {token!r} (rank {rank})"
-                )
-            left, right = ("".join(BYTE_TO_UNICODE[byte] for byte in part) for part in parts)
-            merges.append((left, right))
+        parts = parts_before(token, rank, ranks)
+        if len(parts) == 2:
+            merges.append((token_text(parts[0]), token_text(parts[1])))
+        elif len(token) > 1 and not _is_markup(token_text(token)):
+            raise ValueError(f"{path}: no two tokens of lower rank make {token!r} (rank {rank})")
     ids.setdefault(END_OF_TEXT, len(ids))
     return Vocabulary(ids, merges, str(path))
 
@@ -238,7 +226,7 @@ def parts_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes
     return parts
 
 
-def check_ids(ids: dict[str, int], origin: str, added: list[int] | None = None) -> None:
+def check_ids(ids: dict[str, int], origin: str, added: Sequence[int] = ()) -> None:
     """Raise a ValueError unless the ids count from 0 on without a gap or a repetition."""
     by_id: dict[int, str] = {}
     for token, token_id in ids.items():
@@ -246,15 +234,11 @@ def check_ids(ids: dict[str, int], origin: str, added: list[int] | None = None) 
             raise ValueError(f"{origin}: token {token!r} holds a lone surrogate")
         if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise ValueError(f"{origin}: token {token!r} has {token_id!r} for an id")
-        if token_id in by_id:
-            raise ValueError(
-                f"{origin}: tokens {by_id[token_id]!r} and {token!r} share id {token_id}"
-            )
-        by_id[token_id] = token
-    present = by_id.keys() | set(added or [])
-    missing = next((number for number in range(len(by_id)) if number not in present), None)
-    if missing is not None:
-        raise ValueError(f"{origin} has no token with id {missing}, and ids count without a gap")
+        if (other := by_id.setdefault(token_id, token)) != token:
+            raise ValueError(f"{origin}: tokens {other!r} and {token!r} share id {token_id}")
+    if missing := set(range(len(by_id))) - by_id.keys() - set(added):
+        number = min(missing)
+        raise ValueError(f"{origin} has no token with id {number}, and ids count without a gap")
 
 
 def _is_markup(token: str) -> bool:
@@ -262,7 +246,7 @@ def _is_markup(token: str) -> bool:
     return re.fullmatch(r"<.*>|\[.*\]", token, flags=re.DOTALL) is not None
 
 
-def check(vocabulary: Vocabulary, special: set[str]) -> Vocabulary:
+def check(vocabulary: Vocabulary, special: set[str]) -> None:
     """Raise a ValueError unless bytes and merges make every token that is not `special`."""
     ids = vocabulary.ids
     for byte, character in BYTE_TO_UNICODE.items():
@@ -271,24 +255,22 @@ def check(vocabulary: Vocabulary, special: set[str]) -> Vocabulary:
                 f"{vocabulary.origin}: byte {byte:#04x} has no token ({character!r}); a byte-level "
                 "vocabulary has one for each"
             )
-    made = dict.fromkeys(BYTE_TO_UNICODE.values(), -1)
+    made = set(BYTE_TO_UNICODE.values())
     for number, (left, right) in enumerate(vocabulary.merges):
-        where = vocabulary.where(number)
-        for token in (left, right, left + right):
+        where, merged = vocabulary.where(number), left + right
+        for token in (left, right, merged):
             if token not in ids:
-                raise ValueError(
-                    f"{where} merges {left!r} and {right!r}, but {token!r} is not a token"
-                )
+                pair = f"{left!r} and {right!r}"
+                raise ValueError(f"{where} merges {pair}, but {token!r} is not a token")
         for token in (left, right):
             if token not in made:
                 raise ValueError(f"{where} merges {token!r}, which no earlier merge has made")
-        if left + right in made:
-            raise ValueError(f"{where} makes {left + right!r}, which an earlier merge has made")
-        made[left + right] = number
-    for token in ids.keys() - made.keys():
+        if merged in made:
+            raise ValueError(f"{where} makes {merged!r}, which an earlier merge has made")
+        made.add(merged)
+    for token in ids.keys() - made:
         if token not in special and not _is_markup(token):
             raise ValueError(
                 f"{vocabulary.origin} has no merge that makes token {token!r} (id {ids[token]}): "
                 "it is cut short, or belongs to another vocabulary"
             )
-    return vocabulary

@@ -113,7 +113,8 @@ def test_random_texts_equal_gpt2s_and_tiktokens(pair, texts):
     assert dict(aligned) == dict(expected)
     for row, text in enumerate(texts):
         assert batch.word_ids(row) == expected.word_ids(row)
-        assert ours.tiktoken.encode_ordinary(text) == expected.input_ids[row]
+        if END_OF_TEXT not in text:  # hypothesis draws strings of our source, too
+            assert ours.tiktoken.encode_ordinary(text) == expected.input_ids[row]
         assert ours.decode(batch.input_ids[row]) == text
     assert ours.batch_decode(batch.input_ids) == fast.batch_decode(expected.input_ids)
 

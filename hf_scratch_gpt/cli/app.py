@@ -141,13 +141,13 @@ def train(
     """
     import torch.distributed
 
-    from .. import training
+    from ..training import run, setup
     from .progress import TerminalProgress
 
     place = next((i for i, source in enumerate(sources) if source.startswith("-")), len(sources))
     console = Console(highlight=False, markup=False)
     try:
-        result = training.train(
+        result = run.train(
             sources[:place],
             output_dir,
             model=model,
@@ -159,7 +159,7 @@ def train(
             sample_steps=sample_steps,
             on_sample=lambda step, text: console.print(f"step {step} writes: {text}"),
             progress=TerminalProgress(console),
-            **training.parse_flags(sources[place:]),
+            **setup.parse_flags(sources[place:]),
         )
     finally:
         if torch.distributed.is_initialized():

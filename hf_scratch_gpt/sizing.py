@@ -204,8 +204,7 @@ def training_memory(
         raise ValueError(f"batch_size={batch_size} is below 1; give a positive number")
     if attention not in ("eager", "sdpa"):
         raise ValueError(f"attention={attention!r} is not known here; give 'eager' or 'sdpa'")
-    tensors = _tensors_of_a_step(config, batch_size, length, attention)
-    sizes = {module: sum(numbers.values()) for module, numbers in tensors.items()}
+    sizes = _tensors_of_a_step(config, batch_size, length, attention)
     hidden = batch_size * length * config.hidden_size
     block = 2 * sizes["norm"] + sizes["attention"] + sizes["feed_forward"]
     kept = config.num_hidden_layers * (hidden if checkpointing else block)
@@ -225,7 +224,7 @@ def training_memory(
     )
     fullest = max(
         kept + sizes["loss"],
-        kept + tensors["loss"].get("gradient of logits", 0) + head + hidden,
+        kept + sizes["gradient of the logits"] + head + hidden,
         kept + (block - hidden if checkpointing else 0) + head + working,
         counts.tied_total - counts.position_embedding - first + block + sizes["ends"] + working,
         counts.total + max(2 * largest, head + 2 * counts.position_embedding),
@@ -242,8 +241,8 @@ def training_memory(
 
 def _tensors_of_a_step(
     config: ScratchGPTConfig, batch_size: int, length: int, attention: str
-) -> dict[str, dict[str, int]]:
-    """The one table of elements that are kept for the backward pass, or arise in it."""
+) -> dict[str, int]:
+    """How many numbers each part keeps for the backward pass, or makes in it."""
     tokens = batch_size * length
     hidden, inner = tokens * config.hidden_size, tokens * _inner(config)  # (B, T, C), (B, T, I)
     heads, logits = tokens * config.num_attention_heads, tokens * config.vocab_size
@@ -251,39 +250,28 @@ def _tensors_of_a_step(
     kernel = attention == "sdpa" and not drops
     scores = 0 if kernel else heads * length  # (B, H, T, T)
     mask = hidden if config.hidden_dropout > 0 else 0
+    # Input, output, mean and deviation; written out: centred twice, scaled, output and deviation.
+    norm = 2 * hidden + 2 * tokens if fused else 4 * hidden + tokens
     factors = {"tanh": 3, "none": 2}.get(GELU_FORMS.get(config.hidden_act, ""), 0)
-    norm = {"input": hidden, "mean, deviation": 2 * tokens, "output": hidden}
-    if not fused:
-        norm = {"centred": 2 * hidden, "deviation": tokens, "scaled, output": 2 * hidden}
-    # The logits themselves are freed before the backward pass.
-    loss = {"log-probabilities": logits, "their gradient": logits, "gradient of logits": logits}
+    # Log-probabilities, their gradient, that of the logits, which are freed before the backward
+    # pass; in pieces: the gradient of the head twice, that of its inputs, and a piece of both.
+    loss, logits_gradient = 3 * logits, logits
     if config.chunked_loss:
-        head = config.vocab_size * config.hidden_size
         piece = min(tokens, LOSS_PIECE) * (config.vocab_size + config.hidden_size)
-        # The gradient of the head is there twice: the sum, and that of a piece.
-        loss = {"gradients": 2 * head + hidden, "logits, inputs of a piece": piece}
+        loss = 2 * config.vocab_size * config.hidden_size + hidden + piece
+        logits_gradient = 0
     return {
         "norm": norm,
-        "attention": {
-            "query, key, value": 3 * hidden,
-            "weights": scores,
-            "dropout of weights: mask, result": 2 * scores if drops else 0,
-            "logarithms of the kernel's sums": heads if kernel else 0,
-            "gathered": hidden,
-            "mask of dropout": mask,
-        },
-        "feed_forward": {
-            "input, output of the activation": 2 * inner,
-            "factors of the activation": 0 if fused else factors * inner,
-            "mask of dropout": mask,
-        },
-        "ends": {"mask of dropout": hidden if config.embedding_dropout > 0 else 0},
+        # Query, key, value, gathered; weights, with dropout's mask and result; the kernel's sums.
+        "attention": 4 * hidden + mask + scores * (3 if drops else 1) + (heads if kernel else 0),
+        "feed_forward": (2 if fused else 2 + factors) * inner + mask,
+        "ends": hidden if config.embedding_dropout > 0 else 0,
         "loss": loss,
-        "gradients of the activation": {"input, factors": inner if fused else 2 * inner},
-        "gradients of the scores": {
-            "weights, scores": scores if drops else 2 * scores,
-            "mask of the future": tokens * length if attention == "eager" else 0,
-        },
+        "gradient of the logits": logits_gradient,
+        "gradients of the activation": inner if fused else 2 * inner,
+        # Of the weights and the scores, and the mask of the future.
+        "gradients of the scores": scores * (1 if drops else 2)
+        + (tokens * length if attention == "eager" else 0),
     }
 
 

@@ -57,7 +57,6 @@ def write(
         if ids.shape[1] >= window:
             ids = ids[:, -max(1, window // 2) :]
         count = min(left, max(1, window - ids.shape[1]))
-        streamer.prompt_comes = True
         ids = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -68,7 +67,8 @@ def write(
         left -= count
         if ids[0, -1].item() in ends:
             break
-    return streamer.finish()
+    streamer.hand_over()
+    return streamer.written
 
 
 class _PieceStreamer(BaseStreamer):
@@ -79,32 +79,25 @@ class _PieceStreamer(BaseStreamer):
     ) -> None:
         self._tokenizer, self._on_text = tokenizer, on_text
         self._held: list[int] = []
-        self._pieces: list[str] = []
-        self.prompt_comes = False
+        self._prompt_comes = True
+        self.written = ""
 
     def put(self, value: torch.Tensor) -> None:
-        if self.prompt_comes:
-            self.prompt_comes = False
+        if self._prompt_comes:
+            self._prompt_comes = False
             return
         self._held += value.flatten().tolist()
-        text = self._decode()
-        if not text.endswith("\ufffd") or len(self._held) >= _LONGEST_CHARACTER:
-            self._hand_over(text)
+        is_complete = not self._tokenizer.decode(self._held).endswith("\ufffd")
+        if is_complete or len(self._held) >= _LONGEST_CHARACTER:
+            self.hand_over()
 
     def end(self) -> None:
-        """One window is full; the text may go on in the next."""
+        self._prompt_comes = True  # of the next window
 
-    def finish(self) -> str:
-        """Hand over what is held back; return all that was written."""
-        if self._held:
-            self._hand_over(self._decode())
-        return "".join(self._pieces)
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._held, skip_special_tokens=True)
-
-    def _hand_over(self, text: str) -> None:
+    def hand_over(self) -> None:
+        """Give out what is held back."""
+        text = self._tokenizer.decode(self._held, skip_special_tokens=True)
         self._held.clear()
-        self._pieces.append(text)
+        self.written += text
         if text and self._on_text is not None:
             self._on_text(text)

@@ -39,16 +39,10 @@ def info(
     ],
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 300e9.")] = None,
     flops: Annotated[
-        float | None,
-        typer.Option(
-            help="FLOP/s of the device. 28e12 gives GPT-3's published 355 years on a V100, 15e12 "
-            "the 665 on an RTX 8000."
-        ),
+        float | None, typer.Option(help="FLOP/s that the device sustains, such as 28e12.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in a step of training.")] = 1,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of a text; all positions if not given.")
-    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text, if not all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain numbers as JSON.")] = False,
 ) -> None:
     """Show parameters, storage, cache, FLOPs, and memory and time to train.
@@ -57,14 +51,13 @@ def info(
     """
     if (tokens is None) != (flops is None):
         raise ValueError("--tokens and --flops give a time together; give both or neither")
-    summaries = {
-        name: summarize(find_config(name), batch_size, length, tokens, flops) for name in names
-    }
+    sizes = (batch_size, length, tokens, flops)
+    summaries = {name: summarize(find_config(name), *sizes) for name in names}
     console = Console(highlight=False, markup=False)
     if as_json:
         console.out(json.dumps([{"name": name, **parts} for name, parts in summaries.items()]))
-        return
-    show(console, summaries)
+    else:
+        show(console, summaries)
 
 
 @app.command()
@@ -80,9 +73,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed writes the same texts.")] = 0,
     samples: Annotated[int, typer.Option(help="How many texts to write.")] = 1,
     fast: Annotated[bool, typer.Option("--fast", help="Compile first, to write faster.")] = False,
-    weights: Annotated[
-        str | None, typer.Option(help="With --fast: keep weights as int8, int4 or fp8.")
-    ] = None,
+    weights: Annotated[str | None, typer.Option(help="With --fast: int8, int4 or fp8.")] = None,
 ) -> None:
     """Continue a prompt; the text is shown as it comes.
 
@@ -100,7 +91,14 @@ def generate(
         raise ValueError(f"--samples {samples} is below 1; ask for at least one text")
     if weights is not None and not fast:
         raise ValueError(f"--weights {weights} needs --fast; add it")
-    sampling = _sampling(temperature, top_k, top_p)
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"--temperature {temperature}, --top-k {top_k} and --top-p {top_p} should be 0 or "
+            "more, 0 or more, and above 0 up to 1"
+        )
+    sampling: dict[str, float | None] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    if temperature == 0:
+        sampling = dict.fromkeys(sampling)
     text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
     network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
     if torch.accelerator.is_available():
@@ -114,20 +112,8 @@ def generate(
             console.rule(f"{number + 1} of {samples}")
         set_seed(seed + number)
         show(text)
-        write(network, tokenizer, text, max_new_tokens, show, **sampling)
+        write(network, tokenizer, text, max_new_tokens, show, do_sample=temperature > 0, **sampling)
         console.out("")
-
-
-def _sampling(temperature: float, top_k: int, top_p: float) -> dict[str, object]:
-    """The arguments of `generate` for these, checked."""
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"--temperature {temperature}, --top-k {top_k} and --top-p {top_p} should be 0 or "
-            "more, 0 or more, and above 0 up to 1"
-        )
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -141,16 +127,12 @@ def train(
         ),
     ],
     output_dir: Annotated[Path, typer.Option(help="Folder of the run; resumes one begun.")],
-    model: Annotated[
-        str, typer.Option(help="Preset for fresh weights, or folder or Hub id.")
-    ] = "gpt2",
+    model: Annotated[str, typer.Option(help="Preset, or folder or Hub id.")] = "gpt2",
     tokenizer: Annotated[str | None, typer.Option(help="Its folder or Hub id.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens of an example.")] = None,
     validation: Annotated[str, typer.Option(help="Part to validate on, or other texts.")] = "0.05",
     text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
-    sample_prompt: Annotated[
-        str | None, typer.Option(help="Text to continue now and then.")
-    ] = None,
+    sample_prompt: Annotated[str | None, typer.Option(help="Text to continue at times.")] = None,
     sample_steps: Annotated[float, typer.Option(help="How often; below 1, part of all.")] = 0.1,
 ) -> None:
     """Train a GPT on texts; Ctrl-C stops it with a checkpoint.
@@ -159,14 +141,13 @@ def train(
     """
     import torch.distributed
 
-    from .. import training
+    from ..training import run, setup
     from .progress import TerminalProgress
 
     place = next((i for i, source in enumerate(sources) if source.startswith("-")), len(sources))
     console = Console(highlight=False, markup=False)
-    progress = TerminalProgress(console)
     try:
-        result = training.train(
+        result = run.train(
             sources[:place],
             output_dir,
             model=model,
@@ -176,9 +157,9 @@ def train(
             text_field=text_field,
             sample_prompt=sample_prompt,
             sample_steps=sample_steps,
-            on_sample=lambda step, text: progress.say(f"step {step} writes: {text}"),
-            progress=progress,
-            **training.parse_flags(sources[place:]),
+            on_sample=lambda step, text: console.print(f"step {step} writes: {text}"),
+            progress=TerminalProgress(console),
+            **setup.parse_flags(sources[place:]),
         )
     finally:
         if torch.distributed.is_initialized():
@@ -210,8 +191,7 @@ def _end_of(result: "TrainingResult") -> str:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
     weights: Annotated[
-        str | None,
-        typer.Option(help="Convert this GPT-2 and write with it; train nothing."),
+        str | None, typer.Option(help="Convert this GPT-2 and write with it; train nothing.")
     ] = None,
 ) -> None:
     """Train a small GPT on Python's own manual in two minutes, and let it write.

@@ -28,6 +28,9 @@ from ..training.run import train
 from ..writing import write
 from .progress import TerminalProgress
 
+TEXTS = [text for _, text in sorted(topics.items())]
+# The last ones are for validation, and neighbours in the alphabet are often alike.
+random.Random(0).shuffle(TEXTS)
 VOCABULARY = 1024
 # About 0.5M parameters, which two cores train in less than a minute.
 SIZES: dict[str, Any] = dict(
@@ -64,30 +67,28 @@ def run_demo(folder: Path, console: Console) -> None:
         ValueError: `folder` holds something else.
     """
     manual, model_folder = folder / "manual.jsonl", folder / "model"
-    write_manual(manual)
-    console.print(
-        f"Python's manual: {len(topics)} topics, {sum(map(len, topics.values())):,} characters"
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    manual.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    console.print(f"Python's manual: {len(TEXTS)} topics, {sum(map(len, TEXTS)):,} characters")
     tokenizer = make_tokenizer(folder / "tokenizer")
     tokens = tokenize(manual, tokenizer, cache_dir=folder / "tokens")
     console.print(f"A vocabulary of {len(tokenizer):,} tokens makes {tokens.tokens:,} tokens of it")
-    training, validation = Blocks(tokens, SIZES["max_position_embeddings"]).split(VALIDATION)
-    pairs = bigram_loss(rows_of(training), rows_of(validation), VOCABULARY)
-    threads = torch.get_num_threads()
+    parts = Blocks(tokens, SIZES["max_position_embeddings"]).split(VALIDATION)
+    training, validation = (
+        np.stack([part[i]["input_ids"] for i in range(len(part))]) for part in parts
+    )
+    pairs = bigram_loss(training, validation, VOCABULARY)
     torch.set_num_threads(1)  # for matrices as small as these, more gain little
-    try:
-        result = train(
-            manual,
-            model_folder,
-            model=ScratchGPTConfig(**SIZES),
-            tokenizer=tokenizer,
-            validation=VALIDATION,
-            cache_dir=folder / "tokens",
-            progress=TerminalProgress(console),
-            **TRAINING,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    result = train(
+        manual,
+        model_folder,
+        model=ScratchGPTConfig(**SIZES),
+        tokenizer=tokenizer,
+        validation=VALIDATION,
+        cache_dir=folder / "tokens",
+        progress=TerminalProgress(console),
+        **TRAINING,
+    )
     if result.interrupted:
         console.print("Stopped; the same command goes on from here")
         return
@@ -118,9 +119,8 @@ def run_weights(source: str, folder: Path, console: Console) -> None:
 def show_writing(folder: Path, prompt: str, console: Console) -> None:
     """Load the model in `folder` as any program would, let it write, say how to use it."""
     set_seed(0)
-    model, tokenizer = (
-        loader.from_pretrained(folder) for loader in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     show = partial(console.out, end="", highlight=False)
     console.rule("It writes")
     show(prompt)
@@ -130,33 +130,16 @@ def show_writing(folder: Path, prompt: str, console: Console) -> None:
     console.out(_CODE.format(folder=str(folder), prompt=prompt), highlight=False)
 
 
-def write_manual(path: Path) -> None:
-    """Write Python's manual to `path` as JSON lines, one topic a line, in random order."""
-    texts = [text for _, text in sorted(topics.items())]
-    # The last ones are for validation, and neighbours in the alphabet are often alike.
-    random.Random(0).shuffle(texts)
-    lines = [json.dumps({"text": text}) + "\n" for text in texts]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
-
-
 def make_tokenizer(folder: Path) -> ScratchGPTTokenizer:
     """Train a byte-level BPE vocabulary on the manual and save it in `folder`."""
     trained = ByteLevelBPETokenizer()
-    texts = [text for _, text in sorted(topics.items())]
     trained.train_from_iterator(
-        texts, vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False
+        TEXTS, vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = ScratchGPTTokenizer(*trained.save_model(str(folder)))
     tokenizer.save_pretrained(folder)
     return tokenizer
-
-
-def rows_of(blocks: Blocks) -> np.ndarray:
-    """The token ids of `blocks`, (blocks, block size)."""
-    size = blocks.block_size
-    return blocks.file.ids()[blocks.start * size : blocks.stop * size].reshape(-1, size)
 
 
 def bigram_loss(training: np.ndarray, validation: np.ndarray, vocabulary: int) -> float:

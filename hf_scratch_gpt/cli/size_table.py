@@ -1,6 +1,6 @@
 """Sizes and costs of models, looked up by name and laid out side by side."""
 
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -10,10 +10,9 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from .. import sizing
-from ..model.configuration_scratch_gpt import ScratchGPTConfig
+from ..model.configuration_scratch_gpt import PRESET_ALIASES, PRESETS, ScratchGPTConfig
 
 Summary = dict[str, dict[str, float]]
-Row = tuple[str, str, list[str]]
 
 _NAME_WIDTH = 16  # as wide as GPT-3's number of parameters
 
@@ -36,26 +35,20 @@ def find_config(name: str) -> ScratchGPTConfig:
     """The configuration of a preset, of a model's folder, or of a model on the Hub, "owner/name".
 
     Raises:
-        ValueError: `name` is none of these; the error names the nearest presets. Or the model is
-            neither ours nor a GPT-2, or its configuration is not valid.
+        ValueError: `name` is none of these, or the model is not a valid one of ours or a GPT-2.
         OSError: the folder's `config.json` cannot be read.
     """
     folder = Path(name).expanduser()
-    try:
+    # A name without an owner is a preset mistyped, and is not looked for on the Hub.
+    if name in PRESETS | PRESET_ALIASES or not (folder.is_dir() or "/" in name):
         return ScratchGPTConfig.from_preset(name)
-    except ValueError as error:
-        # A name without an owner is a preset mistyped, and is not looked for on the Hub.
-        if not folder.is_dir() and "/" not in name:
-            raise ValueError(f"{error} There is no such folder either") from None
-    if not folder.is_dir() and name.startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {name}")
+    source = str(folder) if folder.is_dir() else name
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
-    source: str | Path = folder if folder.is_dir() else name
     try:
         fields, _ = PretrainedConfig.get_config_dict(source)
     except OSError as error:
-        if isinstance(source, Path):
+        if folder.is_dir():
             raise
         raise ValueError(
             f"there is no folder {name}, and no such model was found on the Hugging Face Hub"
@@ -80,13 +73,8 @@ def summarize(
 ) -> Summary:
     """What `sizing` computes for a configuration, part by part, in plain numbers.
 
-    Args:
-        batch_size: texts in a step of training.
-        length: tokens of a text in training; the model's positions if not given.
-        tokens, flops_per_second: what to train on and how fast, for the seconds that it takes.
-
-    Raises:
-        ValueError: a number is out of its range.
+    A step of training has `batch_size` texts of `length` tokens; training on `tokens` takes seconds
+    if `flops_per_second` are given as well.
     """
     counts = sizing.count_parameters(config)
     positions = config.max_position_embeddings
@@ -96,17 +84,17 @@ def summarize(
     by_6n = sizing.rule_of_thumb_flops_per_token(config)
     totals = {"total": counts.total, "total_if_tied": counts.tied_total}
     floats = ("float32", "bfloat16")
+
+    def cache_bytes(length: int) -> dict[str, float]:
+        return {dtype: sizing.kv_cache_bytes(config, length, dtype) for dtype in floats}
+
     summary: Summary = {
         "parameters": {**vars(counts), **totals, "total_if_untied": counts.untied_total},
         "storage_bytes": {
             dtype: sizing.storage_bytes(counts.total, dtype) for dtype in (*floats, "int8")
         },
-        "kv_cache_bytes_per_token": {
-            dtype: sizing.kv_cache_bytes(config, 1, dtype) for dtype in floats
-        },
-        "kv_cache_bytes_full_context": {
-            dtype: sizing.kv_cache_bytes(config, positions, dtype) for dtype in floats
-        },
+        "kv_cache_bytes_per_token": cache_bytes(1),
+        "kv_cache_bytes_full_context": cache_bytes(positions),
         "flops_per_token": {
             "forward": sizing.forward_flops_per_token(config, length),
             "training": training,
@@ -125,51 +113,37 @@ def summarize(
 
 def show(console: Console, summaries: dict[str, Summary]) -> None:
     """Print summaries side by side, in as many tables as the console's width asks for."""
-    rows = list(_rows(list(summaries.values())))
-    edge = sum(max(len(row[column]) for row in rows) + 2 for column in (0, 1))
-    shown: dict[int, str] = {}
-    room = console.width - edge
-    for i, name in enumerate(summaries):
-        width = max(min(len(name), _NAME_WIDTH), *(len(row[2][i]) for row in rows if row[2])) + 2
-        if shown and width > room:
-            console.print(_table(rows, shown), "")
-            shown, room = {}, console.width - edge
-        shown[i] = name
-        room -= width
-    console.print(_table(rows, shown))
+    names, unlimited = [*summaries], console.options.update(width=sys.maxsize)
+    for count in range(len(names), 0, -1):
+        table = _table({name: summaries[name] for name in names[:count]})
+        if console.measure(table, options=unlimited).maximum <= console.width:
+            break
+    console.print(table)
+    if names[count:]:
+        console.print()
+        show(console, {name: summaries[name] for name in names[count:]})
 
 
-def _table(rows: list[Row], shown: dict[int, str]) -> Table:
-    """A table of some summaries; `shown` maps their places in `rows` to their names."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column()
-    table.add_column()
-    for name in shown.values():
-        table.add_column(name, justify="right", overflow="fold", max_width=_NAME_WIDTH)
-    for label, unit, cells in rows:
-        table.add_row(
-            label, unit, *(cells[i] for i in shown if cells), style="" if cells else "bold"
-        )
-    return table
-
-
-def _rows(summaries: list[Summary]) -> Iterator[Row]:
-    """Label, unit and a number for each summary; a heading has no numbers.
+def _table(summaries: dict[str, Summary]) -> Table:
+    """A row of numbers for each entry, under the heading of its part.
 
     A part's unit is the largest in which none of its numbers is below 1.
     """
-    for part, (heading, units) in _PARTS.items():
-        if part not in summaries[0]:
-            continue
-        yield heading, "", []
-        smallest = min(number for summary in summaries for number in summary[part].values())
-        fitting = [unit for unit in units if units[unit] <= smallest]
-        unit = fitting[-1] if fitting else next(iter(units))
-        decimals = 0 if units[unit] == 1 else 1
-        for key in summaries[0][part]:
-            numbers = [summary[part][key] for summary in summaries]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column()
+    table.add_column()
+    for name in summaries:
+        table.add_column(name, justify="right", overflow="fold", max_width=_NAME_WIDTH)
+    for part in next(iter(summaries.values())):
+        heading, units = _PARTS[part]
+        table.add_row(heading, style="bold")
+        rows = [summary[part] for summary in summaries.values()]
+        smallest = min(min(row.values()) for row in rows)
+        unit, size = [each for each in units.items() if each[1] <= max(1, smallest)][-1]
+        for key in rows[0]:
             if part == "training_seconds":
-                cells = [sizing.humanize_seconds(seconds) for seconds in numbers]
+                cells = [sizing.humanize_seconds(row[key]) for row in rows]
             else:
-                cells = [f"{number / units[unit]:,.{decimals}f}" for number in numbers]
-            yield f"  {key.replace('_', ' ')}", unit, cells
+                cells = [f"{row[key] / size:,.{0 if size == 1 else 1}f}" for row in rows]
+            table.add_row(f"  {key.replace('_', ' ')}", unit, *cells)
+    return table

@@ -27,6 +27,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from ..files import new_file
+from ..writing import write
 from .run_folder import CURVE
 
 logger = logging.get_logger(__name__)
@@ -49,58 +50,40 @@ def loss_and_perplexity(evaluated: EvalPrediction) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def draw_loss(history: list[dict[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw training and validation loss over the steps.
-
-    Args:
-        history: what was logged, as in `TrainerState.log_history`.
-        path: the PNG file to write.
-    """
+def draw_loss(history: list[dict[str, float]], path: Path) -> None:
+    """Draw the losses in `history`, a `TrainerState.log_history`, to the PNG file `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-    for key, name, color, marker in (
-        ("loss", "training", "tab:blue", ""),
-        ("eval_loss", "validation", "tab:orange", "o"),
-    ):
+    for key, name, line in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             label = f"{name}, {points[-1][1]:.3f} at step {points[-1][0]:.0f}"
-            axes.plot(
-                *zip(*points, strict=True), color=color, marker=marker, markersize=4, label=label
-            )
-            axes.legend(frameon=False)
+            axes.plot(*zip(*points, strict=True), line, label=label)
+            axes.legend()
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    with new_file(Path(path)) as unfinished:
+    with new_file(path) as unfinished:
         figure.savefig(unfinished, format="png")
 
 
-class LossCurve(TrainerCallback):
-    """Keeps `loss.png` in the output folder up to date."""
+class KeepFolder(TrainerCallback):
+    """Keeps `loss.png` up to date, and of the checkpoints the last `count` and the best.
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    The Trainer orders checkpoints by their folders' times, and warns when those of a short run are
+    close.
+    """
+
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if state.is_world_process_zero:
             draw_loss(state.log_history, Path(args.output_dir, CURVE))
 
     on_train_end = on_evaluate
 
-
-class KeepCheckpoints(TrainerCallback):
-    """Keeps the last `count` checkpoints and the best, and deletes the others.
-
-    The Trainer orders them by their folders' times, and warns when those of a short run are close.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if args.should_save:
             rotate_checkpoints(args.output_dir, self.count, state.best_model_checkpoint)
 
@@ -116,7 +99,6 @@ class SampleText(TrainerCallback):
         prompt: the text to continue; may be empty.
         steps: after how many steps of training to write.
         report: is called with the step and the text, prompt included; if not given, it is logged.
-        length: how many tokens to write.
     """
 
     def __init__(
@@ -125,19 +107,16 @@ class SampleText(TrainerCallback):
         prompt: str,
         steps: int,
         report: Callable[[int, str], None] | None,
-        length: int = 64,
     ) -> None:
-        self.tokenizer, self.prompt = tokenizer, prompt
-        self.steps, self.report, self.length = steps, report, length
+        self.tokenizer, self.prompt, self.steps = tokenizer, prompt, steps
+        self.report = report or (
+            lambda step, text: logger.info(f"Sample after {step} steps: {text}")
+        )
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model = kwargs["model"]
         if state.global_step % self.steps and state.global_step < state.max_steps:
             return
         # The first FSDP gathers the parts in its outermost wrapper, which cannot generate.
@@ -145,36 +124,23 @@ class SampleText(TrainerCallback):
             return
         is_split = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         if state.is_world_process_zero or is_split:
-            text = self.write(model, args.device, args.seed)
+            text = self._write(model, args)
             if state.is_world_process_zero:
-                if self.report is not None:
-                    self.report(state.global_step, text)
-                else:
-                    logger.info(f"Sample after {state.global_step} steps: {text}")
+                self.report(state.global_step, text)
 
-    def write(self, model: Any, device: torch.device, seed: int) -> str:
+    def _write(self, model: Any, args: TrainingArguments) -> str:
         """The prompt and what `model` makes of it."""
-        ids = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
-        limit = model.config.max_position_embeddings
-        # A prompt that would leave little room loses its first tokens.
-        ids = (ids or [self.tokenizer.eos_token_id])[-max(1, limit // 2) :]
-        inputs = torch.tensor([ids], device=device)
-        was_training = model.training
+        end, was_training = self.tokenizer.eos_token, model.training
+        options = {"use_cache": True, "pad_token_id": self.tokenizer.eos_token_id}
+        devices = [] if args.device.type == "cpu" else [args.device]
         model.eval()
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type=device.type), torch.no_grad():
-            torch.manual_seed(seed)
-            written = model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=min(self.length, limit - len(ids)),
-                do_sample=True,
-                top_k=50,
-                use_cache=True,
-                pad_token_id=self.tokenizer.eos_token_id,
+        with torch.random.fork_rng(devices, device_type=args.device.type):
+            torch.manual_seed(args.seed)
+            written = write(
+                model, self.tokenizer, self.prompt or end, 64, do_sample=True, top_k=50, **options
             )
         model.train(was_training)
-        return self.tokenizer.decode(written[0], skip_special_tokens=True)
+        return self.prompt + written
 
 
 class StopOnSignal(TrainerCallback):
@@ -189,10 +155,9 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self, announce: bool = True) -> None:
-        self.announce = announce
+        self.announce, self._process = announce, os.getpid()
         self.caught = self.stopped = False
         self._earlier: dict[signal.Signals, Any] = {}
-        self._process = os.getpid()
 
     def __enter__(self) -> "StopOnSignal":
         if threading.current_thread() is threading.main_thread():
@@ -206,11 +171,7 @@ class StopOnSignal(TrainerCallback):
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            # A data loader's process, forked with these handlers; the loader ends it by SIGTERM.
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            return
+            return  # a data loader's process, forked with this handler; torch handles SIGTERM there
         # Only Ctrl-C counts twice: torchrun passes it on, and then sends SIGTERM as well.
         if self.caught and number == signal.SIGINT:
             self.__exit__()
@@ -223,17 +184,14 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not control.should_training_stop and self._any_caught(args):
+        if args.world_size > 1:
+            caught = torch.tensor(int(self.caught), device=args.device)
+            dist.all_reduce(caught, op=dist.ReduceOp.MAX)
+            self.caught = bool(caught)
+        if self.caught and not control.should_training_stop:
             self.stopped = control.should_save = control.should_training_stop = True
 
     on_evaluate = on_step_end
-
-    def _any_caught(self, args: TrainingArguments) -> bool:
-        if args.world_size == 1:
-            return self.caught
-        caught = torch.tensor(int(self.caught), device=args.device)
-        dist.all_reduce(caught, op=dist.ReduceOp.MAX)
-        return bool(caught)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

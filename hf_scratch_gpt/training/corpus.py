@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -114,24 +114,25 @@ def tokenize(
 def _cache_key(found: list[Any], tokenizer: PreTrainedTokenizerBase, field: str) -> str:
     places = []
     for source in found:
-        is_file = isinstance(source, Path)
-        files = [source] if is_file else [entry["filename"] for entry in source.cache_files]
-        stats = [(str(Path(file).resolve()), os.stat(file)) for file in files]
-        kind = "file" if is_file else f"{source.info.dataset_name} {source.info.config_name}"
-        places.append([kind, *[(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
-    key = json.dumps([_FORMAT, fingerprint(tokenizer), field, places])
+        kind, files = "file", [source]
+        if not isinstance(source, Path):
+            kind = f"{source.info.dataset_name} {source.info.config_name}"
+            files = [entry["filename"] for entry in source.cache_files]
+        paths = [Path(file).resolve() for file in files]
+        stats = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        places.append([kind, *stats])
+    key = json.dumps([_FORMAT, fingerprint(tokenizer), field, places], default=str)
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _cached(path: Path) -> TokenFile | None:
     """The stream in `path`, if it is there and complete."""
     try:
-        described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        file = TokenFile(path, **described)
+        file = TokenFile(path, **json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        is_complete = path.stat().st_size == file.tokens * np.dtype(file.dtype).itemsize
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    size = file.tokens * np.dtype(file.dtype).itemsize
-    return file if path.is_file() and path.stat().st_size == size else None
+    return file if is_complete else None
 
 
 def _encode_to(
@@ -154,30 +155,32 @@ def _encode_to(
                     digest.update(data)
                     tokens += len(ids)
                     ends += piece.ends
-        result = TokenFile(path, dtype, tokens, ends, digest.hexdigest())
-        described = {name: value for name, value in asdict(result).items() if name != "path"}
+        described: dict[str, Any] = dict(
+            dtype=dtype, tokens=tokens, documents=ends, digest=digest.hexdigest()
+        )
         path.unlink(missing_ok=True)
         path.with_suffix(".json").write_text(json.dumps(described), encoding="utf-8")
-    return result
+    return TokenFile(path, **described)
 
 
 def _batches(found: list[Any], field: str) -> Iterator[list[Piece]]:
     """Pieces, enough at a time to keep all cores busy; shows progress."""
     total = sum(map(size_of, found))
     limit = CHARACTERS_PER_CORE * min(os.cpu_count() or 1, _MOST_CORES)
-    batch: list[Piece] = []
-    characters = 0
+    pieces = chain.from_iterable(read(source, field) for source in found)
     with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Tokenizing") as progress:
-        for piece in chain.from_iterable(read(source, field) for source in found):
-            batch.append(piece)
-            characters += len(piece.text)
-            if characters >= limit:
-                yield batch
-                progress.update(sum(done.size for done in batch))
-                batch, characters = [], 0
-        if batch:
+        while batch := _take(pieces, limit):
             yield batch
-            progress.update(sum(done.size for done in batch))
+            progress.update(sum(piece.size for piece in batch))
+
+
+def _take(pieces: Iterator[Piece], limit: int) -> list[Piece]:
+    """The next pieces, until they have `limit` characters."""
+    batch: list[Piece] = []
+    while limit > 0 and (piece := next(pieces, None)) is not None:
+        batch.append(piece)
+        limit -= len(piece.text)
+    return batch
 
 
 class Blocks(Dataset):
@@ -189,35 +192,28 @@ class Blocks(Dataset):
     Args:
         file: the stream.
         block_size: tokens in a block.
-        start, stop: the first block and the one after the last; all of them if not given.
+        places: which blocks of the stream; all of them if not given.
 
     Raises:
         ValueError: the stream is shorter than a block.
     """
 
-    def __init__(
-        self, file: TokenFile, block_size: int, start: int = 0, stop: int | None = None
-    ) -> None:
+    def __init__(self, file: TokenFile, block_size: int, places: range | None = None) -> None:
         if block_size < 2:
             raise ValueError(f"block_size={block_size} leaves no token to predict; give 2 or more")
-        whole = file.tokens // block_size
-        self.file = file
-        self.block_size = block_size
-        self.start = start
-        self.stop = whole if stop is None else stop
-        if not whole:
+        if file.tokens < block_size:
             raise ValueError(
                 f"the texts are {file.tokens} tokens, less than one block of {block_size}; give "
                 "more text, or a smaller block_size"
             )
+        self.file, self.block_size = file, block_size
+        self.places = range(file.tokens // block_size) if places is None else places
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"block {index} of {len(self)}")
-        first = (self.start + index) * self.block_size * np.dtype(self.file.dtype).itemsize
+        first = self.places[index] * self.block_size * np.dtype(self.file.dtype).itemsize
         # A memory map would be copied, with all its ids, to a data loader's processes.
         block = np.fromfile(self.file.path, self.file.dtype, self.block_size, offset=first)
         ids = torch.from_numpy(block.astype(np.int64))
@@ -233,17 +229,17 @@ class Blocks(Dataset):
             raise ValueError(
                 f"validation={fraction} is not a part of the blocks; give a number from 0 to 1"
             )
-        count = max(1, round(fraction * len(self)))
-        if count >= len(self):
+        border = len(self) - max(1, round(fraction * len(self)))
+        if border < 1:
             raise ValueError(
                 f"{len(self)} blocks of {self.block_size} tokens are too few to train on some and "
                 f"validate on {fraction:.0%}; give more text, a smaller block_size, or texts of "
                 "their own to validate on"
             )
-        border = self.stop - count
+        training, validation = self.places[:border], self.places[border:]
         return (
-            Blocks(self.file, self.block_size, self.start, border),
-            Blocks(self.file, self.block_size, border, self.stop),
+            Blocks(self.file, self.block_size, training),
+            Blocks(self.file, self.block_size, validation),
         )
 
 

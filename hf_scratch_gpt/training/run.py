@@ -5,8 +5,8 @@ The same call runs in one process, and in each of several under `torchrun` or `a
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,11 @@ from transformers import (
 from transformers.utils import logging
 
 from ..files import without_progress_bars
-from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from . import run_folder as runs
+from . import setup
 from .callbacks import (
-    KeepCheckpoints,
-    LossCurve,
+    KeepFolder,
     SampleText,
     StopOnSignal,
     draw_loss,
@@ -39,19 +38,6 @@ from .callbacks import (
     losses_of_rows,
 )
 from .corpus import Blocks, tokenize, whole_batches
-from .setup import (
-    Model,
-    Tokenizer,
-    check_block_size,
-    check_installed,
-    config_of,
-    load_model,
-    load_start,
-    load_tokenizer,
-    make_arguments,
-    on_first_process,
-    resolve_steps,
-)
 from .texts import Sources
 
 logger = logging.get_logger(__name__)
@@ -86,9 +72,9 @@ def train(
     sources: Sources,
     output_dir: str | os.PathLike[str],
     *,
-    model: Model = "gpt2",
+    model: setup.Model = "gpt2",
     overrides: Mapping[str, Any] | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: setup.Tokenizer | None = None,
     block_size: int | None = None,
     validation: float | Sources | None = 0.05,
     text_field: str = "text",
@@ -131,13 +117,18 @@ def train(
         ValueError: the sources, the sizes or the folder do not fit.
         ImportError: a package is missing.
     """
-    check_installed()
+    setup.check_installed()
     folder = Path(output_dir)
-    encoder = load_tokenizer(tokenizer, model)
-    start = load_start(model, encoder, overrides)
-    size = check_block_size(block_size, config_of(start))
-    arguments = make_arguments(folder, start, bool(validation), training_arguments)
-    on_first_process(arguments, lambda: runs.read_record(folder) and None)
+    encoder = setup.load_tokenizer(tokenizer, model)
+    config, trained = setup.load_start(model, encoder, overrides)
+    positions = config.max_position_embeddings
+    size = positions if block_size is None else block_size
+    if size > positions:
+        raise ValueError(
+            f"block_size={size} exceeds the model's {positions} positions; give {positions} or less"
+        )
+    arguments = setup.make_arguments(folder, trained is None, bool(validation), training_arguments)
+    setup.on_first_process(arguments, lambda: runs.read_record(folder) and None)
 
     def blocks_of(texts: Sources) -> Blocks:
         return Blocks(tokenize(texts, encoder, text_field, cache_dir), size)
@@ -149,14 +140,16 @@ def train(
     elif validation is not None:
         held_out = blocks_of(validation)
 
-    run = runs.describe(start, encoder, arguments, blocks, held_out)
-    state, checkpoint = on_first_process(arguments, lambda: _enter(folder, run, arguments))
+    run = runs.describe(config, trained, encoder, arguments, blocks, held_out)
+    state, checkpoint = setup.on_first_process(arguments, lambda: _enter(folder, run, arguments))
     if state is not None:
         steps = state.global_step
         return TrainingResult(folder, steps, state.log_history, False, went_on_from=steps)
     arguments.disable_tqdm |= progress is not None
-    trainer = _make_trainer(start, encoder, arguments, blocks, held_out, callbacks)
-    total = resolve_steps(trainer)
+    set_seed(arguments.seed)
+    model = ScratchGPTForCausalLM(config) if trained is None else trained
+    trainer = _make_trainer(model, encoder, arguments, blocks, held_out, callbacks)
+    total = setup.resolve_steps(trainer)
     if sample_prompt is not None:
         every = max(1, math.ceil(sample_steps * (total if sample_steps < 1 else 1)))
         trainer.add_callback(SampleText(encoder, sample_prompt, every, on_sample))
@@ -170,14 +163,7 @@ def train(
 def _enter(
     folder: Path, run: dict[str, Any], arguments: TrainingArguments
 ) -> tuple[TrainerState | None, Path | None]:
-    """Make `folder` that of `run`.
-
-    Returns:
-        The state of a finished run, or the checkpoint to go on from.
-
-    Raises:
-        ValueError: the folder holds another run.
-    """
+    """Make `folder` that of `run`; the state of a finished run, or the checkpoint to go on from."""
     runs.enter(folder, run)
     state, checkpoint = runs.read_state(folder), runs.last_checkpoint(folder)
     if state is not None:
@@ -199,7 +185,7 @@ def _finish(
     """Do what is done at the end of training, with the last checkpoint."""
     best = reached.best_model_checkpoint if arguments.load_best_model_at_end else None
     place = best or str(checkpoint)
-    model, tokenizer = load_model(place), load_tokenizer(None, place)
+    model, tokenizer = setup.load_model(place), setup.load_tokenizer(None, place)
     model.config.use_cache = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -209,15 +195,13 @@ def _finish(
 
 
 def _make_trainer(
-    start: ScratchGPTConfig | PreTrainedModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     arguments: TrainingArguments,
     blocks: Blocks,
     held_out: Blocks | None,
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
-    set_seed(arguments.seed)
-    model = start if isinstance(start, PreTrainedModel) else ScratchGPTForCausalLM(start)
     # A checkpoint holds tied weights once; the Trainer would warn that the others are missing.
     model._keys_to_ignore_on_save |= model.all_tied_weights_keys.keys()
     kept, arguments.save_total_limit = arguments.save_total_limit, None
@@ -230,43 +214,40 @@ def _make_trainer(
         data_collator=default_data_collator,
         preprocess_logits_for_metrics=losses_of_rows,
         compute_metrics=loss_and_perplexity,
-        callbacks=[LossCurve(), *([KeepCheckpoints(kept)] if kept else []), *callbacks],
+        callbacks=[KeepFolder(kept), *callbacks],
     )
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         logger.warning("fsdp shards only on accelerators; here each process keeps all weights")
     return trainer
 
 
-@contextmanager
-def _engine(trainer: Trainer) -> Iterator[None]:
-    """Train by the engine's faster parts, which are for one process's whole weights on a CPU."""
-    from ..engine.swap import optimize_for_training, restore
-
-    model, arguments = trainer.model, trainer.args
-    on_cpu = arguments.device.type == "cpu" and not trainer.is_fsdp_enabled
-    if not on_cpu or arguments.torch_compile or not isinstance(model, ScratchGPTForCausalLM):
-        yield
-        return
-    optimize_for_training(restore(model))  # the caller may have optimized it for generation
-    try:
-        yield
-    finally:
-        restore(model)
+def _suits_the_engine(trainer: Trainer) -> bool:
+    """Whether one process trains whole weights of ours on a CPU, which the engine is for."""
+    arguments = trainer.args
+    return (
+        isinstance(trainer.model, ScratchGPTForCausalLM)
+        and arguments.device.type == "cpu"
+        and not (trainer.is_fsdp_enabled or arguments.torch_compile)
+    )
 
 
 def _run(trainer: Trainer, checkpoint: Path | None) -> TrainingResult:
     """Train, from `checkpoint` on if there is one, and save."""
-    folder, model_class = Path(trainer.args.output_dir), type(trainer.model)
+    from ..engine.swap import optimize_for_training, restore
+
+    model_class, folder = type(trainer.model), Path(trainer.args.output_dir)
     with StopOnSignal(announce=trainer.is_world_process_zero()) as stop:
         trainer.add_callback(stop)
-        with _engine(trainer):
+        with ExitStack() as engine:
+            if _suits_the_engine(trainer):
+                # The caller may have optimized it for generation.
+                optimize_for_training(restore(trainer.model))
+                engine.callback(restore, trainer.model)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         state = trainer.state
         interrupted = stop.stopped and state.global_step < state.max_steps
         if not interrupted:
-            trainer.model.config.use_cache = True  # the Trainer has turned it off
             _save(trainer, model_class)
-            trainer.save_state()
         trainer.accelerator.wait_for_everyone()
     before = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     return TrainingResult(folder, state.global_step, state.log_history, interrupted, before)
@@ -278,13 +259,15 @@ def _save(trainer: Trainer, model_class: type[PreTrainedModel]) -> None:
     FSDP changes the model's class, so that method would save the code of another; and where
     checkpoints hold a part for each process, it saves nothing.
     """
+    trainer.model.config.use_cache = True  # the Trainer has turned it off
     if not trainer.is_fsdp_enabled:
         trainer.save_model()
-        return
-    weights = trainer.accelerator.get_state_dict(trainer.model)
-    if trainer.args.should_save:
-        with torch.device("meta"):
-            model = model_class(trainer.model.config)
-        model.generation_config = trainer.model.generation_config
-        model.save_pretrained(trainer.args.output_dir, state_dict=weights)
-        trainer.processing_class.save_pretrained(trainer.args.output_dir)
+    else:
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.args.should_save:
+            with torch.device("meta"):
+                model = model_class(trainer.model.config)
+            model.generation_config = trainer.model.generation_config
+            model.save_pretrained(trainer.args.output_dir, state_dict=weights)
+            trainer.processing_class.save_pretrained(trainer.args.output_dir)
+    trainer.save_state()  # last, as it says that all is there

@@ -27,9 +27,6 @@ CURVE = "loss.png"
 _CHECKPOINT = "checkpoint-"
 _UNFINISHED = f"{RECORD}.unfinished"
 
-# How many differences a message names.
-_MOST_NAMED = 5
-
 # The arguments that decide the loss curve, apart from the batch size, to which several contribute.
 _ARGUMENTS = (
     "seed", "data_seed", "max_steps", "num_train_epochs",
@@ -47,21 +44,14 @@ def batch_size(arguments: TrainingArguments) -> int:
 
 
 def describe(
-    start: PretrainedConfig | PreTrainedModel,
+    config: PretrainedConfig,
+    trained: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     arguments: TrainingArguments,
     blocks: Blocks,
     held_out: Blocks | None,
 ) -> dict[str, Any]:
-    """All that decides the loss curve of a run, as plain values.
-
-    Args:
-        start: the configuration of fresh weights, or the model to train on.
-        tokenizer, arguments: of the training.
-        blocks, held_out: to train and to validate on.
-    """
-    is_model = isinstance(start, PreTrainedModel)
-    config = start.config if is_model else start
+    """All that decides the loss curve of a run, as plain values; `trained` is None if fresh."""
     # Only the fields of its own class, as transformers adds some to the base class now and then.
     names = type(config).__annotations__.keys() - PretrainedConfig.__annotations__.keys()
     given = arguments.to_dict()
@@ -74,7 +64,7 @@ def describe(
         "tokenizer": fingerprint(tokenizer),
         "batch_size": batch_size(arguments),
         **{name: given[name] for name in _ARGUMENTS},
-        "weights": weights_digest(start) if is_model else "fresh",
+        "weights": "fresh" if trained is None else weights_digest(trained),
         **{f"model.{name}": getattr(config, name) for name in sorted(names)},
     }
     if run["max_steps"] > 0:
@@ -92,11 +82,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of the run in `folder`; None if the folder is new.
-
-    Raises:
-        ValueError: there are files, but they are not those of a run.
-    """
+    """The record of the run in `folder`; None if new, a ValueError if it holds other files."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if isinstance(record, dict):
@@ -112,25 +98,19 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def enter(folder: Path, run: dict[str, Any]) -> None:
-    """Make `folder` that of `run`, or check that it already is.
-
-    Raises:
-        ValueError: it holds another run; the error says what is different.
-    """
+    """Make `folder` that of `run`, or raise a ValueError that says how the run in it differs."""
     record = read_record(folder)
     if record is None:
         folder.mkdir(parents=True, exist_ok=True)
         with new_file(folder / RECORD) as unfinished:
             unfinished.write_text(json.dumps(run, indent=2), encoding="utf-8")
         return
-    names = [name for name in {**record, **run} if record.get(name) != run.get(name)]
-    if names:
-        differences = [
-            f"{name} {_short(record.get(name))} there, {_short(run.get(name))} here"
-            for name in names[:_MOST_NAMED]
-        ]
-        if len(names) > _MOST_NAMED:
-            differences.append(f"and {len(names) - _MOST_NAMED} more")
+    differences = [
+        f"{name} {_short(record.get(name))} there, {_short(run.get(name))} here"
+        for name in record | run
+        if record.get(name) != run.get(name)
+    ]
+    if differences:
         raise ValueError(
             f"{folder} holds another run ({'; '.join(differences)}); choose another folder, give "
             "the same again to go on with it, or delete it"
@@ -143,10 +123,7 @@ def _short(value: Any) -> str:
 
 
 def read_state(folder: Path) -> TrainerState | None:
-    """The state of training that was written to `folder`; None if writing was not finished.
-
-    transformers writes a checkpoint's state last.
-    """
+    """The state of training in `folder`, which is written last; None if it is not complete."""
     try:
         return TrainerState.load_from_json(str(folder / STATE))
     except (OSError, ValueError, TypeError):

@@ -5,7 +5,8 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -47,10 +48,6 @@ DEFAULTS: dict[str, Any] = dict(
     ddp_find_unused_parameters=False,  # all are used, and the search takes time
 )
 
-# GPT-3's for its smallest model (table 2.1); a model that is already trained goes on at the slower
-# rate of TrainingArguments.
-FRESH_LEARNING_RATE = 6e-4
-
 
 def check_installed() -> None:
     """Raise an ImportError that says what to install, if a package is missing."""
@@ -67,18 +64,14 @@ def is_saved(model: Model) -> bool:
 
 
 def load_tokenizer(tokenizer: Tokenizer | None, model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer; that of the saved `model` if not given.
-
-    Raises:
-        ValueError: there is none, or it cannot be loaded.
-    """
+    """The tokenizer; that of the saved `model` if not given."""
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     if tokenizer is None and isinstance(model, PreTrainedModel):
-        tokenizer = model.name_or_path or None
+        tokenizer = model.name_or_path
     elif tokenizer is None and is_saved(model):
         tokenizer = model
-    if tokenizer is None:
+    if not tokenizer:
         if isinstance(model, str):
             ScratchGPTConfig.from_preset(model)  # an unknown preset is the first error to report
         raise ValueError(
@@ -91,94 +84,69 @@ def load_tokenizer(tokenizer: Tokenizer | None, model: Model) -> PreTrainedToken
         (path / name).is_file() for name in ("tokenizer_config.json", "config.json")
     )
     loader = ScratchGPTTokenizer if is_bare else AutoTokenizer
-    try:
+    with _loading("tokenizer", tokenizer):
         return loader.from_pretrained(os.fspath(tokenizer))
-    except (OSError, ValueError) as error:
-        raise _cannot_load("tokenizer", tokenizer, error) from None
 
 
 def load_model(place: str | os.PathLike[str], dtype: Any = torch.float32) -> PreTrainedModel:
-    """Load a saved model; a GPT-2 in transformers' format is converted.
-
-    Args:
-        place: folder or hub id.
-        dtype: data type of the weights; "auto" for that of the saved ones.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
+    """The model in a folder or of a hub id; a GPT-2 in transformers' format is converted."""
     place = os.fspath(place)
-    try:
+    with _loading("model", place):
         is_gpt2 = AutoConfig.from_pretrained(place).model_type == "gpt2"
         loader = ScratchGPTForCausalLM if is_gpt2 else AutoModelForCausalLM
         return loader.from_pretrained(place, dtype=dtype)
+
+
+@contextmanager
+def _loading(what: str, place: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise _cannot_load("model", place, error) from None
-
-
-def _cannot_load(what: str, place: str | os.PathLike[str], error: Exception) -> ValueError:
-    reason = str(error).strip().partition("\n")[0]
-    return ValueError(f"the {what} {os.fspath(place)!r} cannot be loaded: {reason}")
+        reason = str(error).strip().partition("\n")[0]
+        message = f"the {what} {os.fspath(place)!r} cannot be loaded: {reason}"
+        raise ValueError(message) from None
 
 
 def load_start(
     model: Model, tokenizer: PreTrainedTokenizerBase, overrides: Mapping[str, Any] | None
-) -> ScratchGPTConfig | PreTrainedModel:
-    """The configuration of fresh weights, or the model to train further; see `train`.
-
-    Raises:
-        ValueError: there is no such preset or model, or the tokenizer has more tokens than it.
-    """
-    needed = vocabulary_size(tokenizer)
-    start: ScratchGPTConfig | PreTrainedModel
+) -> tuple[PretrainedConfig, PreTrainedModel | None]:
+    """The configuration and, if its weights are not fresh, the model; see `train`."""
+    needed, trained = vocabulary_size(tokenizer), None
     if isinstance(model, str) and not is_saved(model):
-        start = ScratchGPTConfig.from_preset(model, **(overrides or {}))
+        config = ScratchGPTConfig.from_preset(model, **(overrides or {}))
         if not {"vocab_size", "n_vocab"} & {*(overrides or {})}:
-            start.vocab_size = min(start.vocab_size, needed)
+            config.vocab_size = min(config.vocab_size, needed)
     elif overrides:
         raise ValueError(f"overrides={dict(overrides)} need a preset; change the configuration")
     elif isinstance(model, ScratchGPTConfig):
-        start = copy.deepcopy(model)
+        config = copy.deepcopy(model)
     else:
-        start = model if isinstance(model, PreTrainedModel) else load_model(model)
-    if needed > (limit := config_of(start).vocab_size):
+        trained = model if isinstance(model, PreTrainedModel) else load_model(model)
+        config = trained.config
+    if needed > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {needed} tokens, the model {limit}; give the tokenizer that the "
-            f"model was made with, or a model with vocab_size={needed}"
+            f"the tokenizer has {needed} tokens, the model {config.vocab_size}; give the tokenizer "
+            f"that the model was made with, or a model with vocab_size={needed}"
         )
-    if isinstance(start, ScratchGPTConfig):
-        start.bos_token_id = tokenizer.bos_token_id
-        start.eos_token_id = tokenizer.eos_token_id
-        padding = tokenizer.pad_token_id
-        start.pad_token_id = tokenizer.eos_token_id if padding is None else padding
-    return start
-
-
-def config_of(start: ScratchGPTConfig | PreTrainedModel) -> PretrainedConfig:
-    """The configuration of what `load_start` gives."""
-    return start.config if isinstance(start, PreTrainedModel) else start
-
-
-def check_block_size(block_size: int | None, config: PretrainedConfig) -> int:
-    """The size of a block, the number of positions if not given; a ValueError if it is above."""
-    limit = config.max_position_embeddings
-    if block_size is not None and block_size > limit:
-        raise ValueError(
-            f"block_size={block_size} exceeds the model's {limit} positions; give {limit} or less"
-        )
-    return limit if block_size is None else block_size
+    if trained is None:
+        end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, end
+        config.pad_token_id = end if padding is None else padding
+    return config, trained
 
 
 def make_arguments(
     output_dir: str | os.PathLike[str],
-    start: ScratchGPTConfig | PreTrainedModel,
+    is_fresh: bool,
     validates: bool,
     given: Mapping[str, Any],
 ) -> TrainingArguments:
     """`given` over our defaults over those of `TrainingArguments`."""
     defaults = {**DEFAULTS, "eval_strategy": "steps" if validates else "no"}
-    if isinstance(start, ScratchGPTConfig):
-        defaults["learning_rate"] = FRESH_LEARNING_RATE
+    if is_fresh:
+        # GPT-3's for its smallest model (table 2.1); a trained model goes on at the slower rate of
+        # TrainingArguments.
+        defaults["learning_rate"] = 6e-4
     if importlib.util.find_spec("tensorboard") is not None:
         defaults["report_to"] = "tensorboard"
     # Without it, each process that torchrun starts on CPUs would train by itself.
@@ -192,15 +160,15 @@ def on_first_process(arguments: TrainingArguments, work: Callable[[], Any]) -> A
         broadcast_object_list,
     )
 
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None]
     if arguments.process_index == 0:
         try:
-            outcome[0] = work()
+            outcome = [work()]
         except ValueError as error:
-            outcome[1] = str(error)
+            outcome = [error]
     broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
+    if isinstance(outcome[0], ValueError):
+        raise outcome[0]
     return outcome[0]
 
 
@@ -212,9 +180,8 @@ def resolve_steps(trainer: Trainer) -> int:
     arguments = trainer.args
     *_, total = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
     for name in ("logging_steps", "eval_steps", "save_steps"):
-        steps = getattr(arguments, name)
-        if steps is not None and 0 < steps < 1:
-            setattr(arguments, name, math.ceil(steps * total))
+        if 0 < (getattr(arguments, name) or 0) < 1:
+            setattr(arguments, name, math.ceil(getattr(arguments, name) * total))
     return total
 
 

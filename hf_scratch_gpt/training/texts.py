@@ -110,20 +110,17 @@ def size_of(source: Any) -> int:
 def read(source: Any, field: str) -> Iterator[Piece]:
     """The texts of a source that `find` returned, in pieces that fit in memory.
 
-    Args:
-        field: name of the field or column with the text in JSON lines, Parquet and data sets.
-
-    Raises:
-        ValueError: the source is empty, not UTF-8 or damaged, or has no such field.
+    In JSON lines, Parquet and data sets they are in the field or column `field`. A ValueError says
+    that the source is empty, not UTF-8 or damaged, or has no such field.
     """
     if not isinstance(source, Path):
         name, pieces = f"data set {source.info.dataset_name}", _dataset_pieces(source, field)
+    elif source.suffix.lower() in TEXT_SUFFIXES:
+        name, pieces = str(source), _text_pieces(source)
+    elif source.suffix.lower() in JSON_SUFFIXES:
+        name, pieces = str(source), _json_pieces(source, field)
     else:
-        suffix, name = source.suffix.lower(), str(source)
-        if suffix in TEXT_SUFFIXES:
-            pieces = _text_pieces(source)
-        else:
-            pieces = (_json_pieces if suffix in JSON_SUFFIXES else _parquet_pieces)(source, field)
+        name, pieces = str(source), _parquet_pieces(source, field)
     is_empty = True
     for piece in pieces:
         is_empty = is_empty and not piece.text
@@ -177,26 +174,24 @@ def _decoded(path: Path, chunks: Iterable[bytes]) -> Iterator[tuple[str, int]]:
 def _json_pieces(path: Path, field: str) -> Iterator[Piece]:
     with path.open("rb") as file:
         for number, (line, size) in enumerate(_decoded(path, file), start=1):
-            if line.strip():
-                document = _field_of(line, field, f"{path}, line {number}")
-                yield Piece(document, bool(document), size)
-
-
-def _field_of(line: str, field: str, where: str) -> str:
-    """The text in a line of JSON."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where} is not JSON ({error.msg}, column {error.colno}); a line holds one object"
-        ) from None
-    except RecursionError:
-        raise ValueError(f"{where} is nested too deeply; is it the right file?") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is not a JSON object: {line.strip()[:40]}")
-    if not isinstance(record.get(field), str):
-        raise ValueError(f"{where} has no text in field {field!r}; it has {_listed(record)}")
-    return mended(record[field])
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where} is not JSON ({error.msg}, column {error.colno}); a line holds one "
+                    "object"
+                ) from None
+            except RecursionError:
+                raise ValueError(f"{where} is nested too deeply; is it the right file?") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{where} is not a JSON object: {line.strip()[:40]}")
+            if not isinstance(record.get(field), str):
+                names = _listed(record)
+                raise ValueError(f"{where} has no text in field {field!r}; it has {names}")
+            yield Piece(mended(record[field]), bool(record[field]), size)
 
 
 def _parquet_pieces(path: Path, field: str) -> Iterator[Piece]:
@@ -214,9 +209,8 @@ def _parquet_pieces(path: Path, field: str) -> Iterator[Piece]:
                 )
             size = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=256, columns=[field]):
-                yield from (
-                    Piece(text or "", bool(text), size) for text in batch[field].to_pylist()
-                )
+                for text in batch[field].to_pylist():
+                    yield Piece(text or "", bool(text), size)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged, or is not a Parquet file: {error}") from None
 
@@ -228,7 +222,8 @@ def _dataset_pieces(dataset: Any, field: str) -> Iterator[Piece]:
         )
     size = size_of(dataset) / max(1, len(dataset))
     for batch in dataset.select_columns([field]).iter(256):
-        yield from (Piece(mended(text) or "", bool(text), size) for text in batch[field])
+        for text in batch[field]:
+            yield Piece(mended(text) or "", bool(text), size)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from hf_scratch_gpt.training.run import train
 
 pytestmark = pytest.mark.long
 KILLED = -9
+WORKER = "tests.training.train_worker"
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +57,9 @@ def start(arguments, folder, processes=1, **more):
     file = folder.with_suffix(".arguments")
     file.write_text(json.dumps(given))
     several = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *(several if processes > 1 else []),
-            "tests.training.train_worker",
-            file,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", *(several if processes > 1 else []), WORKER, str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert "warning" not in run.stderr.lower(), run.stderr
     if run.returncode not in (0, KILLED):
         pytest.fail(run.stderr)

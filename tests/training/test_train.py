@@ -27,15 +27,6 @@ from ..models import random_gpt2
 TINY = dict(n_embd=32, n_layer=2, n_head=2, n_ctx=16, drop_rate=0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny sums are done sooner by one, and always in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A file of about a hundred blocks of 16 tokens."""

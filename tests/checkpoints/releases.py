@@ -4,6 +4,8 @@ A TensorFlow V2 checkpoint is data shards of raw tensors and an index of protoco
 (tensorflow/core/protobuf/tensor_bundle.proto) in a LevelDB table (leveldb/doc/table_format.md).
 """
 
+import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -79,3 +81,34 @@ def change_release(release: Path, folder: Path, change=lambda tensors: None, num
     tensors = {stored.name: stored.read().clone() for stored in read_bundle(release / "model.ckpt")}
     change(tensors)
     write_checkpoint(folder / "model.ckpt", tensors, num_shards)
+
+
+def write_release(
+    folder: Path, vocabulary: Path, sizes: dict[str, int], seed: int = 0, num_shards: int = 1
+) -> None:
+    """A release of random weights with the tokens of the release `vocabulary`."""
+    folder.mkdir(parents=True)
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(vocabulary / name, folder / name)
+    (folder / "hparams.json").write_text(json.dumps(sizes))
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n')
+    generator = torch.Generator().manual_seed(seed)
+    width = sizes["n_embd"]
+    shapes = {"wte": (sizes["n_vocab"], width), "wpe": (sizes["n_ctx"], width)}
+    shapes |= {"ln_f/g": (width,), "ln_f/b": (width,)}
+    for layer in range(sizes["n_layer"]):
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"h{layer}/{norm}/{leaf}": (width,) for leaf in "gb"}
+        for linear, inputs, outputs in (
+            ("attn/c_attn", width, 3 * width),
+            ("attn/c_proj", width, width),
+            ("mlp/c_fc", width, 4 * width),
+            ("mlp/c_proj", 4 * width, width),
+        ):
+            shapes[f"h{layer}/{linear}/w"] = (1, inputs, outputs)
+            shapes[f"h{layer}/{linear}/b"] = (outputs,)
+    weights = {
+        f"model/{name}": name.endswith("/g") + torch.randn(shape, generator=generator) * 0.02
+        for name, shape in shapes.items()
+    }
+    write_checkpoint(folder / "model.ckpt", weights, num_shards)

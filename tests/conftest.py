@@ -18,7 +18,8 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from hf_scratch_gpt import ScratchGPTForCausalLM
+from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
+from hf_scratch_gpt.checkpoints.commands import convert_command
 
 from .models import random_gpt2, random_model
 
@@ -47,14 +48,6 @@ def logged_warnings(request):
     assert expected or not records, records
 
 
-@pytest.fixture(params=[False, True], ids=["half", "no-half"])
-def slow_half(request, monkeypatch):
-    """A CPU that has instructions for half precision, then one that has none."""
-    slow = frozenset([torch.bfloat16, torch.float16] if request.param else [])
-    monkeypatch.setattr("hf_scratch_gpt.engine.half._SLOW_DTYPES", slow)
-    return request.param
-
-
 @pytest.fixture(scope="session")
 def openai_tiny() -> Path:
     """A release in OpenAI's layout, with the logits that OpenAI's code computes on it."""
@@ -62,10 +55,32 @@ def openai_tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
+def converted_tiny(tmp_path_factory, openai_tiny) -> Path:
+    """`openai_tiny`, converted."""
+    folder = tmp_path_factory.mktemp("converted") / "tiny"
+    assert convert_command([str(openai_tiny), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(openai_tiny) -> ScratchGPTTokenizer:
+    """Of `openai_tiny`; nobody may change it."""
+    return ScratchGPTTokenizer.from_pretrained(openai_tiny)
+
+
+@pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory) -> Path:
     """A tiny random GPT-2, saved by transformers; eleven layers, as h.10 sorts before h.2."""
     folder = tmp_path_factory.mktemp("gpt2")
     random_gpt2(n_layer=11).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_gpt2(tmp_path_factory) -> Path:
+    """A random GPT-2 of two layers, saved by transformers."""
+    folder = tmp_path_factory.mktemp("small_gpt2")
+    random_gpt2(n_layer=2).save_pretrained(folder)
     return folder
 
 

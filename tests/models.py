@@ -9,10 +9,25 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_scratch_gpt import ScratchGPTConfig
+from hf_scratch_gpt import (
+    ScratchGPTConfig,
+    ScratchGPTForCausalLM,
+    ScratchGPTForQuestionAnswering,
+    ScratchGPTForSequenceClassification,
+    ScratchGPTForTokenClassification,
+    ScratchGPTModel,
+)
 
 VOCABULARY = 97
 POSITIONS = 64
+TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), VOCABULARY - 1)
+CLASSES = [
+    ScratchGPTModel,
+    ScratchGPTForCausalLM,
+    ScratchGPTForSequenceClassification,
+    ScratchGPTForTokenClassification,
+    ScratchGPTForQuestionAnswering,
+]
 # Of continuous batching, which otherwise takes most of the machine's memory for its cache.
 SMALL_CACHE = ContinuousBatchingConfig(page_size=32, num_blocks=32, max_batch_tokens=64)
 
@@ -30,17 +45,15 @@ def random_gpt2(
 ) -> PreTrainedModel:
     """A GPT-2 of transformers' own code."""
     sizes = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_embd": 32, "n_head": 4}
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), VOCABULARY - 1)
-    config = GPT2Config(**{**sizes, **tokens, "n_layer": 3, **fields})
+    config = GPT2Config(**{**sizes, **TOKENS, "n_layer": 3, **fields})
     return randomize(model_class(config))
 
 
 def tiny_config(**fields: object) -> ScratchGPTConfig:
     """The configuration of `random_model`."""
     sizes = dict(vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, hidden_size=32)
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), VOCABULARY - 1)
     return ScratchGPTConfig(
-        **{**sizes, **tokens, "num_hidden_layers": 3, "num_attention_heads": 4, **fields}
+        **{**sizes, **TOKENS, "num_hidden_layers": 3, "num_attention_heads": 4, **fields}
     )
 
 

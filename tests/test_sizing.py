@@ -45,18 +45,16 @@ COMPONENTS = {
 def random_config(seed: int) -> ScratchGPTConfig:
     choose = random.Random(seed)
     heads = choose.randint(1, 8)
-    return ScratchGPTConfig(
-        vocab_size=choose.randint(1, 3000),
-        hidden_size=heads * choose.randint(1, 40),
-        num_hidden_layers=choose.randint(1, 6),
-        num_attention_heads=heads,
-        intermediate_size=2 * choose.randint(0, 500) + 1,
-        max_position_embeddings=choose.randint(1, 3000),
-        qkv_bias=seed % 2 == 0,
-        tie_word_embeddings=seed % 4 < 2,
-    )
+    sizes = dict(vocab_size=choose.randint(1, 3000), hidden_size=heads * choose.randint(1, 40))
+    sizes |= dict(num_hidden_layers=choose.randint(1, 6), num_attention_heads=heads)
+    sizes |= dict(intermediate_size=2 * choose.randint(0, 500) + 1)
+    sizes |= dict(max_position_embeddings=choose.randint(1, 3000), qkv_bias=seed % 2 == 0)
+    return ScratchGPTConfig(tie_word_embeddings=seed % 4 < 2, **sizes)
 
 
+# As the paper of GPT-3 rounds them.
+ROUNDED = {"gpt3-small": 125e6, "gpt3-medium": 350e6, "gpt3-large": 760e6, "gpt3-xl": 1.3e9}
+ROUNDED |= {"gpt3-2.7b": 2.7e9, "gpt3-6.7b": 6.7e9, "gpt3-13b": 13e9}
 CONFIGS = {name: ScratchGPTConfig.from_preset(name) for name in PRESETS} | {
     f"random{seed}": random_config(seed) for seed in range(4)
 }
@@ -89,6 +87,7 @@ def test_parameters_are_those_of_the_model_component_by_component(config):
         ("355M", 354_823_168),
         ("774M", 774_030_080),
         ("1558M", 1_557_611_200),
+        *((name, pytest.approx(number, rel=0.03)) for name, number in ROUNDED.items()),
         ("gpt3", pytest.approx(175e9, rel=0.005)),
     ],
 )
@@ -96,15 +95,14 @@ def test_parameters_are_those_published(preset, parameters):
     assert count_parameters(ScratchGPTConfig.from_preset(preset)).total == parameters
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_storage_is_that_of_a_tensor(dtype):
-    tensor = torch.empty(12_345, dtype=getattr(torch, dtype))
-    assert storage_bytes(12_345, dtype) == tensor.nbytes
-
-
-def test_textbook_model_takes_the_textbooks_621_83_mib():
+def test_storage_is_that_of_tensors_and_the_textbooks_621_83_mib():
     textbook = ScratchGPTConfig.from_preset("124M", tie_word_embeddings=False, qkv_bias=False)
-    assert round(storage_bytes(count_parameters(textbook).total) / 2**20, 2) == 621.83
+    parameters = count_parameters(textbook).total
+    assert parameters == 163_009_536
+    assert round(storage_bytes(parameters) / 2**20, 2) == 621.83
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        name = str(dtype).removeprefix("torch.")
+        assert storage_bytes(12_345, name) == torch.empty(12_345, dtype=dtype).nbytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -133,27 +131,22 @@ KERNEL_FORMULAS = {
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_flops_are_those_that_torch_counts(attention, dropout, fields):
     length = 96
-    config = ScratchGPTConfig(
-        **{**dict(vocab_size=501, n_embd=64, n_layer=3, n_head=4, drop_rate=dropout), **fields}
-    )
+    sizes = dict(vocab_size=501, n_embd=64, n_layer=3, n_head=4, drop_rate=dropout)
+    config = ScratchGPTConfig(**sizes, **fields)
     model = ScratchGPTForCausalLM(config).train()
     model.set_attn_implementation(attention)
     batch = torch.randint(0, 501, (2, length))
-    forward, training = (
-        flop_counter.FlopCounterMode(display=False, custom_mapping=KERNEL_FORMULAS)
-        for _ in range(2)
-    )
+    options = dict(display=False, custom_mapping=KERNEL_FORMULAS)
+    forward, training = (flop_counter.FlopCounterMode(**options) for _ in range(2))
     with training:
         with forward:
             loss = model(batch, labels=batch).loss
         loss.backward()
     by_kernel = KERNEL in forward.get_flop_counts()["Global"]
     assert by_kernel == (attention == "sdpa" and dropout == 0)
-
-    counted = forward.get_total_flops() / batch.numel()
-    assert forward_flops_per_token(config, length) == counted
-    counted = training.get_total_flops() / batch.numel()
-    assert training_flops_per_token(config, length, recomputes_scores=by_kernel) == counted
+    counted = [counter.get_total_flops() / batch.numel() for counter in (forward, training)]
+    trained = training_flops_per_token(config, length, recomputes_scores=by_kernel)
+    assert [forward_flops_per_token(config, length), trained] == counted
 
 
 def test_flops_without_attention_are_the_rule_of_thumb():
@@ -250,9 +243,8 @@ def test_memory_to_train_gpt2_is_that_of_a_process(batch_size, length):
     # glibc's other threshold grows with what is freed, and then its heap keeps holes: the process
     # takes 5 to 40 % more than its tensors, the more steps the more.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
-    run = subprocess.run(
-        [sys.executable, "-c", call], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", call]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     predicted = training_memory(ScratchGPTConfig.from_preset("gpt2"), batch_size, length)
     assert predicted.peak == pytest.approx(int(run.stdout), rel=0.03)
@@ -277,19 +269,16 @@ def test_published_years_of_gpt3_follow_from_their_rates():
     assert training_seconds(per_token, tokens, 15e12) / per_year == pytest.approx(665, rel=0.002)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
+def test_durations_are_in_the_largest_unit_that_they_fill():
+    for seconds, text in [
         (1.1214e10, "355.4 years"),
         (4e11, "12,675.2 years"),
         (2 * 86400, "2.0 days"),
         (5400, "1.5 hours"),
         (90, "1.5 minutes"),
         (0.25, "0.2 seconds"),
-    ],
-)
-def test_durations_are_in_the_largest_unit_that_they_fill(seconds, text):
-    assert humanize_seconds(seconds) == text
+    ]:
+        assert humanize_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(

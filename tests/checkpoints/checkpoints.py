@@ -4,6 +4,7 @@ import json
 import os
 import re
 import struct
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,9 @@ from hf_scratch_gpt import ScratchGPTForCausalLM
 from hf_scratch_gpt.checkpoints.commands import convert_command as main
 
 from ..models import random_gpt2
+from .releases import change_release
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 LAYERS, HEADS, WIDTH, POSITIONS, VOCABULARY = 3, 2, 16, 24, 60
 LINEARS = {"qkv": (48, 16), "proj": (16, 16), "fc": (64, 16), "back": (16, 64)}
 
@@ -63,19 +66,15 @@ def forward(weights, ids, gelu, head=None):
 def nanogpt(path, weights, bias=True, prefix="", vocabulary=VOCABULARY):
     names = {"qkv": "attn.c_attn", "proj": "attn.c_proj", "fc": "mlp.c_fc", "back": "mlp.c_proj"}
     names |= {"ln1": "ln_1", "ln2": "ln_2"}
+    names = {f"{n}.{short}": f"h.{n}.{names[short]}" for n in range(LAYERS) for short in names}
     state = {"transformer.wte.weight": weights["tok"], "transformer.wpe.weight": weights["pos"]}
     state["lm_head.weight"] = weights["tok"]
+    for short, name in (names | {"lnf": "ln_f"}).items():
+        state[f"transformer.{name}.weight"] = weights[f"{short}.w"]
+        if bias:
+            state[f"transformer.{name}.bias"] = weights[f"{short}.b"]
     for layer in range(LAYERS):
-        for short, name in names.items():
-            state[f"transformer.h.{layer}.{name}.weight"] = weights[f"{layer}.{short}.w"]
-            state[f"transformer.h.{layer}.{name}.bias"] = weights[f"{layer}.{short}.b"]
         state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, POSITIONS, POSITIONS).tril()
-    state["transformer.ln_f.weight"] = weights["lnf.w"]
-    state["transformer.ln_f.bias"] = weights["lnf.b"]
-    if not bias:
-        state = {
-            n: t for n, t in state.items() if not n.endswith("bias") or n.endswith(".attn.bias")
-        }
     arguments = dict(n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, block_size=POSITIONS)
     arguments |= dict(bias=bias, vocab_size=vocabulary, dropout=0.0)
     model = {prefix + name: tensor for name, tensor in state.items()}
@@ -106,12 +105,10 @@ def textbook(path, weights, head=None, qkv_bias=True, wrapped=False):
 def llmc(path, weights, version=3, padded=64):
     dtype = {3: torch.float32, 5: torch.bfloat16}[version]
     header = [20240326, version, POSITIONS, VOCABULARY, LAYERS, HEADS, WIDTH, padded]
-    rows = F.pad(weights["tok"], (0, 0, 0, padded - VOCABULARY))
-    order = [rows, weights["pos"]]
-    for name in ("ln1.w", "ln1.b", "qkv.w", "qkv.b", "proj.w", "proj.b", "ln2.w", "ln2.b"):
-        order += [weights[f"{layer}.{name}"] for layer in range(LAYERS)]
-    for name in ("fc.w", "fc.b", "back.w", "back.b"):
-        order += [weights[f"{layer}.{name}"] for layer in range(LAYERS)]
+    order = [F.pad(weights["tok"], (0, 0, 0, padded - VOCABULARY)), weights["pos"]]
+    for name in ("ln1", "qkv", "proj", "ln2", "fc", "back"):
+        for kind in "wb":
+            order += [weights[f"{layer}.{name}.{kind}"] for layer in range(LAYERS)]
     order += [weights["lnf.w"], weights["lnf.b"]]
     data = b"".join(t.to(dtype).view(torch.uint8).contiguous().numpy().tobytes() for t in order)
     path.write_bytes(struct.pack("256i", *header, *[0] * (256 - len(header))) + data)
@@ -134,28 +131,23 @@ class RunsCode:
 
 def write_source(kind, folder, change):
     """A source of `kind` whose state dict `change` has spoilt; the arguments that convert it."""
-    folder.mkdir()
+    if kind == "openai":
+        tiny = FIXTURES / "openai-tiny"
+        change_release(tiny, folder, lambda tensors: change(tensors, "model/h2/mlp/c_fc/w"))
+        return [str(folder)]
     if kind in ("hf", "hf pickle"):
-        random_gpt2(n_layer=LAYERS).save_pretrained(folder)
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors, "transformer.h.2.mlp.c_fc.weight")
-        if kind == "hf":
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        else:
-            (folder / "model.safetensors").unlink()
-            torch.save(tensors, folder / "pytorch_model.bin")
+        layout = "bin" if kind == "hf pickle" else "safetensors"
+        write_hf(folder, layout, lambda tensors: change(tensors, "transformer.h.2.mlp.c_fc.weight"))
         return [str(folder)]
-    if kind == "nanogpt":
-        nanogpt(folder / "ckpt.pt", random_weights())
-        content = torch.load(folder / "ckpt.pt")
-        change(content["model"], "transformer.h.2.mlp.c_fc.weight")
-        torch.save(content, folder / "ckpt.pt")
-        return [str(folder)]
-    textbook(folder / "model.pth", random_weights())
-    content = torch.load(folder / "model.pth")
-    change(content, "trf_blocks.2.ff.layers.0.weight")
-    torch.save(content, folder / "model.pth")
-    return [str(folder / "model.pth"), "--num-heads", "2"]
+    folder.mkdir()
+    path, write, name = folder / "ckpt.pt", nanogpt, "transformer.h.2.mlp.c_fc.weight"
+    if kind == "textbook":
+        path, write, name = folder / "model.pth", textbook, "trf_blocks.2.ff.layers.0.weight"
+    write(path, random_weights())
+    content = torch.load(path)
+    change(content.get("model", content), name)
+    torch.save(content, path)
+    return [str(folder)] if kind == "nanogpt" else [str(path), "--num-heads", "2"]
 
 
 def nothing(state, name):
@@ -167,16 +159,16 @@ def remove(state, name):
 
 
 def add(state, name):
-    state[f"{name}.surprise"] = torch.ones(3)
+    state |= {f"{name}{number}": torch.ones(3) for number in range(8)}
 
 
 def misshape(state, name):
-    state[name] = state[name][:-1].clone()
+    state[name] = state[name][..., :-1].clone()
 
 
 def poison(state, name):
     state[name] = state[name].clone()
-    state[name][0, 0] = float("nan")
+    state[name].view(-1)[0] = float("nan")
 
 
 KINDS = ["hf", "hf pickle", "nanogpt", "textbook"]
@@ -202,25 +194,30 @@ def with_masks(tensors):
     return tensors | masks
 
 
-def hf_source(folder, layout, form=dict):
-    """A random GPT-2 at `folder`, its state dict changed by `form`; the model."""
+def write_hf(folder, layout, change=lambda tensors: None):
+    """Write a random GPT-2 to `folder`, its state dict as `change` returns or leaves it."""
     random_gpt2(n_layer=LAYERS).save_pretrained(folder)
-    tensors = form(load_file(folder / "model.safetensors"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
     (folder / "model.safetensors").unlink()
     suffix = "bin" if layout.endswith("bin") else "safetensors"
     stem = "pytorch_model" if suffix == "bin" else "model"
+    shards = {f"{stem}.{suffix}": list(tensors)}
     if layout.startswith("sharded"):
         names = list(tensors)
         shards = {f"{stem}-0000{n + 1}-of-00002.{suffix}": names[n::2] for n in range(2)}
         index = {name: file for file, members in shards.items() for name in members}
         text = json.dumps({"metadata": {}, "weight_map": index})
         (folder / f"{stem}.{suffix}.index.json").write_text(text)
-    else:
-        shards = {f"{stem}.{suffix}": list(tensors)}
     for file, members in shards.items():
         part = {name: tensors[name] for name in members}
         if suffix == "bin":
             torch.save(part, folder / file)
         else:
             save_file(part, folder / file, metadata={"format": "pt"})
+
+
+def hf_source(folder, layout, form=dict):
+    """A random GPT-2 at `folder`, its state dict changed by `form`; the model."""
+    write_hf(folder, layout, form)
     return GPT2LMHeadModel.from_pretrained(folder).eval()

@@ -7,13 +7,12 @@ A TensorFlow V2 checkpoint is data shards of raw tensors and an index of protoco
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import google_crc32c
 import torch
 
-Tensors = Iterable[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]
+from hf_scratch_gpt.checkpoints.tensor_bundle import read_bundle
 
 
 def masked_crc(data: bytes) -> int:
@@ -56,24 +55,32 @@ def table(pairs: list[tuple[bytes, bytes]]) -> bytes:
     return data + footer + struct.pack("<Q", 0xDB4775248B80FB57)
 
 
-def write_checkpoint(prefix: Path, tensors: Tensors, num_shards: int = 1) -> None:
-    """Write float32 tensors, dealt to the shards in turn, one in memory at a time."""
-    shards = [
-        prefix.with_name(f"{prefix.name}.data-{number:05d}-of-{num_shards:05d}").open("wb")
-        for number in range(num_shards)
-    ]
+def write_checkpoint(prefix: Path, tensors: dict[str, torch.Tensor], num_shards: int = 1) -> None:
+    """Write float32 tensors, dealt to the shards in turn."""
+    shards = [b""] * num_shards
     pairs = [(b"", field(1, num_shards))]
-    for count, (name, shape, make) in enumerate(sorted(tensors, key=lambda tensor: tensor[0])):
-        shard = shards[count % num_shards]
-        data = make().contiguous().numpy().tobytes()
-        entry = field(1, 1) + field(2, b"".join(field(2, field(1, length)) for length in shape))
-        entry += field(3, count % num_shards) + field(4, shard.tell()) + field(5, len(data))
+    for count, (name, tensor) in enumerate(sorted(tensors.items())):
+        number, data = count % num_shards, tensor.contiguous().numpy().tobytes()
+        shape = b"".join(field(2, field(1, length)) for length in tensor.shape)
+        entry = field(1, 1) + field(2, shape)
+        entry += field(3, number) + field(4, len(shards[number])) + field(5, len(data))
         entry += varint(6 << 3 | 5) + struct.pack("<I", masked_crc(data))  # a fixed32
-        shard.write(data)
+        shards[number] += data
         pairs.append((name.encode(), entry))
-    for shard in shards:
-        shard.close()
+    for number, data in enumerate(shards):
+        prefix.with_name(f"{prefix.name}.data-{number:05d}-of-{num_shards:05d}").write_bytes(data)
     prefix.with_name(f"{prefix.name}.index").write_bytes(table(pairs))
+
+
+def change_release(release: Path, folder: Path, change=lambda tensors: None, num_shards: int = 1):
+    """A copy of a release with its tensors as `change` leaves them."""
+    names = ("encoder.json", "vocab.bpe", "hparams.json", "checkpoint")
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes((release / name).read_bytes())
+    tensors = {stored.name: stored.read().clone() for stored in read_bundle(release / "model.ckpt")}
+    change(tensors)
+    write_checkpoint(folder / "model.ckpt", tensors, num_shards)
 
 
 def write_release(
@@ -100,17 +107,8 @@ def write_release(
         ):
             shapes[f"h{layer}/{linear}/w"] = (1, inputs, outputs)
             shapes[f"h{layer}/{linear}/b"] = (outputs,)
-    write_checkpoint(
-        folder / "model.ckpt",
-        [
-            (
-                f"model/{name}",
-                shape,
-                lambda name=name, shape=shape: (
-                    name.endswith("/g") + torch.randn(shape, generator=generator) * 0.02
-                ),
-            )
-            for name, shape in shapes.items()
-        ],
-        num_shards,
-    )
+    weights = {
+        f"model/{name}": name.endswith("/g") + torch.randn(shape, generator=generator) * 0.02
+        for name, shape in shapes.items()
+    }
+    write_checkpoint(folder / "model.ckpt", weights, num_shards)

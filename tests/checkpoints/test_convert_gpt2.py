@@ -22,7 +22,7 @@ from hf_scratch_gpt.checkpoints.convert import name_of
 from hf_scratch_gpt.checkpoints.digests import sha256
 from hf_scratch_gpt.files import new_folder
 
-from ..models import random_gpt2
+from ..models import TOKENS, random_gpt2
 from .checkpoints import random_weights, textbook
 
 
@@ -46,28 +46,12 @@ def test_openai_release_gives_openais_logits_through_conversion_and_reload(
     model = AutoModelForCausalLM.from_pretrained(out)
     logits = model(torch.from_numpy(reference["input_ids"]).long()).logits.numpy()
     np.testing.assert_allclose(logits, reference["logits"], atol=1e-5, rtol=0)
-
-
-def test_result_is_complete(openai_tiny, tmp_path):
-    assert main([str(openai_tiny), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(out)
     assert (tokenizer.eos_token_id, model.config.eos_token_id) == (399, 399)
     assert model.generation_config.pad_token_id == 399
     assert tokenizer.model_max_length == model.config.max_position_embeddings == 32
-    encoder = json.loads((openai_tiny / "encoder.json").read_text())
-    assert tokenizer.get_vocab() == encoder
+    assert tokenizer.get_vocab() == json.loads((openai_tiny / "encoder.json").read_text())
     assert not list(tmp_path.glob(".*"))
-
-
-def test_existing_folder_needs_overwrite(openai_tiny, old, capsys):
-    assert main([str(openai_tiny), str(old)]) == 1
-    assert "--overwrite" in capsys.readouterr().err
-    assert (old / "old.txt").read_text() == "old"
-    assert main([str(openai_tiny), str(old), "--overwrite"]) == 0
-    assert not (old / "old.txt").exists()
-    assert (old / "model.safetensors").exists()
 
 
 SHARD = "model.ckpt.data-00000-of-00001"
@@ -157,15 +141,19 @@ def test_an_interrupt_while_the_old_folder_is_replaced_brings_it_back(
     assert [path.name for path in old.iterdir()] == ["old.txt"]
 
 
-def test_a_folder_that_a_killed_command_put_aside_returns(openai_tiny, old, tmp_path, capsys):
-    old.rename(tmp_path / ".out-replaced")
+def test_a_folder_that_is_there_needs_overwrite_and_returns_if_put_aside(
+    openai_tiny, old, tmp_path, capsys
+):
+    old.rename(tmp_path / ".out-replaced")  # a command was killed behind it
     assert main([str(openai_tiny), str(old)]) == 1
-    assert "out exists already" in capsys.readouterr().err
+    assert re.search("out exists already.*--overwrite", capsys.readouterr().err)
     assert (old / "old.txt").read_text() == "old"
     # The command may be killed after it, too: the new folder is there, the old one to be removed.
     shutil.copytree(old, tmp_path / ".out-replaced")
     assert main([str(openai_tiny), str(old), "--overwrite"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (old / "old.txt").exists()
+    assert (old / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["out", "o[u]t", "*"])
@@ -229,16 +217,12 @@ def test_shards_smaller_than_a_tensor(size, small_gpt2, converted_gpt2, tmp_path
 
 def test_generation_settings_stay(tmp_path, capsys):
     model = random_gpt2()
-    settings = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 11, "pad_token_id": None}
-    model.generation_config.update(**settings)
+    settings = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 11}
+    model.generation_config.update(**settings, pad_token_id=None)
     model.save_pretrained(tmp_path / "source")
     assert main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
     generation = ScratchGPTForCausalLM.from_pretrained(tmp_path / "out").generation_config
-    assert (generation.do_sample, generation.temperature, generation.max_new_tokens) == (
-        True,
-        0.7,
-        11,
-    )
+    assert {name: getattr(generation, name) for name in settings} == settings
     assert generation.pad_token_id == model.config.pad_token_id
     (tmp_path / "source" / "generation_config.json").write_text("{")
     assert main([str(tmp_path / "source"), str(tmp_path / "bad")]) == 1
@@ -248,6 +232,7 @@ def test_generation_settings_stay(tmp_path, capsys):
 def test_model_card_names_the_source_and_the_type(openai_tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(openai_tiny)
     assert main([".", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Converted from `openai-tiny` (OpenAI release)" in card
     assert "400 tokens, in bfloat16." in card
@@ -257,13 +242,9 @@ def test_model_card_names_the_source_and_the_type(openai_tiny, tmp_path, monkeyp
 
 @pytest.mark.long
 def test_termination_cleans_up(openai_tiny, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "conversion.convert_gpt2", str(openai_tiny), str(tmp_path / "out")],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "conversion.convert_gpt2", str(openai_tiny)]
+    options = dict(cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, **options)
     while process.poll() is None and not list(tmp_path.glob(".out-*.unfinished/out")):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
@@ -273,48 +254,37 @@ def test_termination_cleans_up(openai_tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def drop(tensors, config):
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-
-
-def add(tensors, config):
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-
-
 def move_last_position(tensors, config):
     tensors["model.embed_positions.weight"][-1, 0] += 5
 
 
-def shrink(tensors, config):
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    config |= {"vocab_size": 90, **tokens}
-
-
-def untie(tensors, config):
-    config["tie_word_embeddings"] = False
+UP, TOKEN, HEAD = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
+SMALLER = dict(vocab_size=90, **dict.fromkeys(TOKENS, 0))
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (drop, "lacks the tensor model.layers.1.mlp.up_proj.weight"),
-        (add, "lm_head.weight has no place"),
+        (lambda tensors, _: tensors.pop(UP), f"lacks the tensor {UP}"),
+        (lambda tensors, _: tensors.update({HEAD: tensors[TOKEN].clone()}), f"{HEAD} has no place"),
         (move_last_position, "the conversion is wrong"),
-        (shrink, "embed_tokens.weight has shape [97, 32], and the configuration asks for [90, 32]"),
-        (untie, "lacks the tensor lm_head.weight"),
+        (
+            lambda _, config: config.update(SMALLER),
+            f"{TOKEN} has shape [97, 32], and the configuration asks for [90, 32]",
+        ),
+        (lambda _, config: config.update(tie_word_embeddings=False), f"lacks the tensor {HEAD}"),
     ],
+    ids=["missing", "extra", "value", "shape", "untied"],
 )
 def test_verification_names_what_is_wrong(
     spoil, message, small_gpt2, converted_gpt2, tmp_path, capsys
 ):
     out = shutil.copytree(converted_gpt2, tmp_path / "out")
-    tensors, config = (
-        load_file(out / "model.safetensors"),
-        json.loads((out / "config.json").read_text()),
-    )
+    weights, config_file = out / "model.safetensors", out / "config.json"
+    tensors, config = load_file(weights), json.loads(config_file.read_text())
     spoil(tensors, config)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config_file.write_text(json.dumps(config))
     assert verify([str(small_gpt2), str(out)]) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -324,10 +294,9 @@ def test_verification_names_what_is_wrong(
 def test_verification_names_damaged_files_and_another_size(
     gpt2_folder, small_gpt2, converted_gpt2, tmp_path, capsys
 ):
-    out = shutil.copytree(converted_gpt2, tmp_path / "out")
-    assert verify([str(gpt2_folder), str(out)]) == 1
+    weights = shutil.copytree(converted_gpt2, tmp_path / "out") / "model.safetensors"
+    assert verify([str(gpt2_folder), str(weights.parent)]) == 1
     assert "has num_hidden_layers=2, and" in capsys.readouterr().err
-    weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert verify([str(small_gpt2), str(out)]) == 1
+    assert verify([str(small_gpt2), str(weights.parent)]) == 1
     assert "model.safetensors is not a complete safetensors file" in capsys.readouterr().err

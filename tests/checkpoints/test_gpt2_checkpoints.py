@@ -2,34 +2,15 @@
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    GPT2ForQuestionAnswering,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-)
+from transformers import GPT2LMHeadModel
 from transformers.distributed import DistributedConfig
 
-from hf_scratch_gpt import (
-    ScratchGPTForCausalLM,
-    ScratchGPTForQuestionAnswering,
-    ScratchGPTForSequenceClassification,
-    ScratchGPTForTokenClassification,
-    ScratchGPTModel,
-)
+from hf_scratch_gpt import ScratchGPTForCausalLM
 
-from ..models import random_gpt2, random_ids, random_model
+from ..models import CLASSES, random_gpt2, random_ids, random_model
 from .checkpoints import bare, hf_source, with_masks
-
-PAIRS = {
-    "language model": (GPT2LMHeadModel, ScratchGPTForCausalLM),
-    "base model": (GPT2Model, ScratchGPTModel),
-    "sequence": (GPT2ForSequenceClassification, ScratchGPTForSequenceClassification),
-    "token": (GPT2ForTokenClassification, ScratchGPTForTokenClassification),
-    "question": (GPT2ForQuestionAnswering, ScratchGPTForQuestionAnswering),
-}
 
 
 def load_exactly(model_class, folder):
@@ -49,10 +30,10 @@ def assert_same_outputs(reference, ours):
     assert {"logits", "start_logits", "last_hidden_state"} & set(outputs)
 
 
-@pytest.mark.parametrize("kind", PAIRS)
-def test_every_head_reads_its_counterpart(kind, tmp_path):
-    theirs, ours = PAIRS[kind]
-    reference = random_gpt2(theirs, num_labels=5)
+@pytest.mark.parametrize("ours", CLASSES)
+def test_every_head_reads_its_counterpart(ours, tmp_path):
+    name = ours.__name__.replace("ScratchGPT", "GPT2").replace("ForCausalLM", "LMHeadModel")
+    reference = random_gpt2(getattr(transformers, name), num_labels=5)
     reference.save_pretrained(tmp_path)
     assert_same_outputs(reference, load_exactly(ours, tmp_path))
 
@@ -64,11 +45,6 @@ def test_every_head_reads_its_counterpart(kind, tmp_path):
 def test_key_layouts_and_file_formats(layout, form, tmp_path, logged_warnings):
     reference = hf_source(tmp_path, layout, form)
     assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, tmp_path))
-
-
-def test_eleven_layers_keep_their_order(gpt2_folder):
-    reference = GPT2LMHeadModel.from_pretrained(gpt2_folder)
-    assert_same_outputs(reference, load_exactly(ScratchGPTForCausalLM, gpt2_folder))
 
 
 def test_a_tensor_that_belongs_nowhere_is_reported(small_gpt2, tmp_path, logged_warnings):
@@ -89,36 +65,27 @@ def test_half_precision_stays_half_precision(small_gpt2, tmp_path):
     assert ScratchGPTForCausalLM.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
 
 
-def test_resaved_model_has_our_names_and_needs_no_rule(small_gpt2, tmp_path):
-    loaded = load_exactly(ScratchGPTForCausalLM, small_gpt2)
-    loaded.save_pretrained(tmp_path)
-    names = load_file(tmp_path / "model.safetensors").keys()
-    assert not [name for name in names if "transformer." in name or "c_attn" in name]
-    again = load_exactly(ScratchGPTForCausalLM, tmp_path)
-    assert not again._weight_conversions
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
-
-
-def test_model_from_scratch_saves_tied_weights_once_no_buffers_and_needs_no_rule(tmp_path):
-    model = random_model(ScratchGPTForCausalLM)
+@pytest.mark.parametrize("source", ["gpt2", "tied", "untied"])
+def test_saved_models_have_our_names_and_need_no_rule(source, small_gpt2, tmp_path):
+    if source == "gpt2":
+        model = load_exactly(ScratchGPTForCausalLM, small_gpt2)
+    else:
+        model = random_model(ScratchGPTForCausalLM, tie_word_embeddings=source == "tied")
+    with pytest.raises(ValueError, match="save_original_format=True would write"):
+        model.save_pretrained(tmp_path, save_original_format=True)
+    assert not list(tmp_path.iterdir())
     model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
     parameters = dict(model.named_parameters())  # shared ones named once
-    assert tensors.keys() == parameters.keys()
+    assert load_file(tmp_path / "model.safetensors").keys() == parameters.keys()
+    assert ("lm_head.weight" in parameters) == (source == "untied")
+    assert not [name for name in parameters if "transformer." in name or "c_attn" in name]
     assert not list(model.named_buffers())
     again = load_exactly(ScratchGPTForCausalLM, tmp_path)
     assert not again._weight_conversions
     for name, parameter in parameters.items():
         assert torch.equal(again.get_parameter(name), parameter), name
-    assert again.lm_head.weight is again.model.embed_tokens.weight
-
-
-def test_untied_model_saves_both(tmp_path):
-    random_model(ScratchGPTForCausalLM, tie_word_embeddings=False).save_pretrained(tmp_path)
-    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
-    again = load_exactly(ScratchGPTForCausalLM, tmp_path)
-    assert again.lm_head.weight is not again.model.embed_tokens.weight
+    tied = again.lm_head.weight is again.model.embed_tokens.weight
+    assert tied == (source != "untied")
 
 
 @pytest.mark.parametrize("size", ["tp_size", "fsdp_size"])
@@ -138,12 +105,6 @@ def test_heads_that_do_not_divide_among_devices_are_refused():
 def test_a_gpt2_configuration_object_is_refused():
     with pytest.raises(ValueError, match=r"takes a ScratchGPTConfig, not a GPT2Config"):
         ScratchGPTForCausalLM(random_gpt2().config)
-
-
-def test_saving_under_other_names_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="save_original_format=True would write"):
-        random_model(ScratchGPTForCausalLM).save_pretrained(tmp_path, save_original_format=True)
-    assert not list(tmp_path.iterdir())
 
 
 def test_gpt2_pads_with_its_end_of_text_without_a_warning(tmp_path):

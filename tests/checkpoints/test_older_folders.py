@@ -6,7 +6,6 @@ the package it is not read.
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_scratch_gpt import ScratchGPTConfig, __version__
 from hf_scratch_gpt.checkpoints.commands import export_command as export
 from hf_scratch_gpt.cli.size_table import find_config
-from hf_scratch_gpt.model import modeling_scratch_gpt
 
 from ..conftest import FIXTURES
-from ..model.test_remote_code import load_everything
+from ..model.test_remote_code import MODEL, load_everything
 
-MODEL = Path(modeling_scratch_gpt.__file__).parent
 OLD = FIXTURES / "saved-by-0.1.0"
 
 

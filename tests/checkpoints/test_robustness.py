@@ -21,37 +21,39 @@ from hf_scratch_gpt.checkpoints.tensor_bundle import read_table
 from .releases import table
 
 NAMES = ["checkpoint", "hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
-SHARD = "model.ckpt.data-00000-of-00001"
+NAMES += ["model.ckpt.index", "model.ckpt.data-00000-of-00001"]
 ROOT = Path(__file__).parents[2]
+
+
+KINDS = ["flip", "cut", "insert", "delete", "repeat", "replace"]
 
 
 @st.composite
 def mutations(draw):
     """A file of the release, and what to do to its bytes."""
-    name = draw(st.sampled_from([*NAMES, "model.ckpt.index", SHARD]))
-    kind = draw(st.sampled_from(["flip", "cut", "insert", "delete", "repeat", "replace"]))
+    name, kind = draw(st.sampled_from(NAMES)), draw(st.sampled_from(KINDS))
     return name, kind, draw(st.floats(0, 1)), draw(st.binary(min_size=1, max_size=12))
 
 
 def mutate(data, kind, where, content):
     place = int(where * max(0, len(data) - 1))
-    if kind == "flip":
-        return data[:place] + bytes([data[place] ^ (content[0] or 1)]) + data[place + 1 :]
-    if kind == "cut":
-        return data[:place]
-    if kind == "insert":
-        return data[:place] + content + data[place:]
-    if kind == "delete":
-        return data[:place] + data[place + len(content) :]
-    if kind == "repeat":
-        return data[:place] + data[place : place + 200] + data[place:]
-    return data[:place] + content + data[place + len(content) :]
+    start, end = data[:place], data[place:]
+    return (
+        start
+        + {
+            "flip": bytes([byte ^ (content[0] or 1) for byte in end[:1]]) + end[1:],
+            "cut": b"",
+            "insert": content + end,
+            "delete": end[len(content) :],
+            "repeat": end[:200] + end,
+            "replace": content + end[len(content) :],
+        }[kind]
+    )
 
 
 def memory(kind):
     """Kilobytes of this process: VmRSS now, VmHWM at its peak."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{kind}:")[1].split()[0])
+    return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0])
 
 
 def start_of_peak():
@@ -75,6 +77,7 @@ def workplace(openai_tiny, tmp_path_factory):
     return folder
 
 
+REPEATABLE = dict(derandomize=True, database=None)
 measures_memory = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's /proc"
 )
@@ -82,13 +85,7 @@ measures_memory = pytest.mark.skipif(
 
 @pytest.mark.long
 @measures_memory
-@settings(
-    max_examples=2000,
-    deadline=5000,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@settings(max_examples=2000, deadline=5000, suppress_health_check=list(HealthCheck), **REPEATABLE)
 @given(mutation=mutations())
 def test_mutated_releases_convert_or_are_refused_cleanly(mutation, workplace, openai_tiny):
     name, kind, where, content = mutation
@@ -109,17 +106,13 @@ def test_mutated_releases_convert_or_are_refused_cleanly(mutation, workplace, op
 def test_mutated_indexes_with_right_checksums_are_refused_cleanly(workplace, openai_tiny):
     path, chance = workplace / "model.ckpt.index", random.Random(0)
     pairs = list(read_table((openai_tiny / "model.ckpt.index").read_bytes()))
-    kinds = ["flip", "cut", "insert", "delete", "repeat", "replace"]
     contents = [b"\xff" * 8 + b"\x7f", chance.randbytes(3), b"\0"]
     before, refused, right = start_of_peak(), 0, 0
     try:
         for _ in range(500):
-            spoilt = list(pairs)
-            place = chance.randrange(len(pairs))
-            key, value = pairs[place]
-            change = (chance.choice(kinds), chance.random(), chance.choice(contents))
-            value = mutate(value, *change)
-            spoilt[place] = (key, value)
+            spoilt, place = list(pairs), chance.randrange(len(pairs))
+            change = (chance.choice(KINDS), chance.random(), chance.choice(contents))
+            spoilt[place] = (pairs[place][0], mutate(pairs[place][1], *change))
             path.write_bytes(table(spoilt))
             try:
                 read_all(str(workplace))
@@ -139,9 +132,8 @@ def test_killed_conversions_leave_nothing_and_the_next_one_succeeds(openai_tiny,
     command = [sys.executable, "-m", "conversion.convert_gpt2", str(openai_tiny), str(out)]
     moments, midway = random.Random(0), 0
     for _ in range(10):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=ROOT, **quiet)
         # Most of the time goes into importing; the signal is to fall while files are written.
         while process.poll() is None and not list(tmp_path.glob(".out-*.unfinished")):
             time.sleep(0.002)

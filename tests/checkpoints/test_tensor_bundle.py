@@ -9,19 +9,14 @@ import pytest
 from hf_scratch_gpt.checkpoints.commands import convert_command as main
 from hf_scratch_gpt.checkpoints.tensor_bundle import read_bundle
 
-from .releases import field, table, write_release
+from .releases import change_release, field, table
+
+RELEASE = os.environ.get("GPT2_RELEASE_DIR")
 
 
-@pytest.fixture
-def release() -> Path:
-    folder = os.environ.get("GPT2_RELEASE_DIR")
-    if not folder:
-        pytest.skip("GPT2_RELEASE_DIR does not name the folder of OpenAI's 117M release")
-    return Path(folder)
-
-
-def test_index_of_the_real_release(release):
-    shapes = {stored.name: stored.shape for stored in read_bundle(release / "model.ckpt")}
+@pytest.mark.skipif(not RELEASE, reason="GPT2_RELEASE_DIR does not name OpenAI's 117M release")
+def test_index_of_the_real_release():
+    shapes = {stored.name: stored.shape for stored in read_bundle(Path(RELEASE) / "model.ckpt")}
     assert len(shapes) == 148
     assert shapes["model/wte"] == (50257, 768)
     assert shapes["model/h11/attn/c_attn/w"] == (1, 768, 2304)
@@ -52,20 +47,15 @@ def test_an_index_far_too_large_is_not_read(openai_tiny, tmp_path):
         read_bundle(tmp_path / "model.ckpt")
 
 
-def test_a_release_in_several_shards(openai_tiny, tmp_path, capsys):
-    sizes = dict(n_vocab=400, n_ctx=32, n_embd=48, n_head=4, n_layer=2)
-    weights = []
-    for num_shards in (1, 3):
-        release, out = tmp_path / f"release{num_shards}", tmp_path / f"out{num_shards}"
-        write_release(release, openai_tiny, sizes, num_shards=num_shards)
-        assert len(list(release.glob("*.data-*"))) == num_shards
-        assert main([str(release), str(out)]) == 0
-        weights.append((out / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
-    (tmp_path / "release3" / "model.ckpt.data-00001-of-00003").unlink()
-    assert main([str(tmp_path / "release3"), str(tmp_path / "out")]) == 1
-    assert (
-        "data-00001-of-00003: model/h0/ln_1/b lies in a file that is missing"
-        in capsys.readouterr().err
-    )
+def test_a_release_in_several_shards(openai_tiny, converted_tiny, tmp_path, capsys):
+    release = tmp_path / "release"
+    change_release(openai_tiny, release, num_shards=3)
+    assert len(list(release.glob("*.data-*"))) == 3
+    assert main([str(release), str(tmp_path / "whole")]) == 0
+    weights = [folder / "model.safetensors" for folder in (tmp_path / "whole", converted_tiny)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    (release / "model.ckpt.data-00001-of-00003").unlink()
+    assert main([str(release), str(tmp_path / "out")]) == 1
+    message = "data-00001-of-00003: model/h0/ln_1/b lies in a file that is missing"
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

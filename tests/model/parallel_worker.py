@@ -29,13 +29,7 @@ def main() -> None:
         logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
     torch.testing.assert_close(logits[kept], expected["logits"][kept], atol=1e-5, rtol=0)
 
-    generated = model.generate(
-        **inputs,
-        max_new_tokens=8,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    generated = model.generate(**inputs, **expected["options"])
     assert torch.equal(generated.sequences, expected["sequences"]), generated.sequences
     torch.testing.assert_close(
         torch.stack(generated.logits), expected["step_logits"], atol=1e-5, rtol=0

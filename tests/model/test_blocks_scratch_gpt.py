@@ -21,14 +21,6 @@ def _float64():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_layer_norm_has_mean_zero_and_variance_one(fused):
-    x = torch.randn(2, 5, 16) * 7 + 3
-    y = LayerNorm(16, eps=1e-14, fused=fused)(x)
-    torch.testing.assert_close(y.mean(-1), torch.zeros(2, 5), **EXACT)
-    torch.testing.assert_close(y.pow(2).mean(-1), torch.ones(2, 5), **EXACT)
-
-
-@pytest.mark.parametrize("fused", [True, False])
 def test_layer_norm_equals_torchs(fused):
     x = torch.randn(2, 5, 16)
     ours, theirs = randomize(LayerNorm(16, eps=1e-3, fused=fused)), nn.LayerNorm(16, eps=1e-3)
@@ -94,27 +86,17 @@ def test_attention_equals_the_formula(implementation):
     torch.testing.assert_close(output, expected, **EXACT)
 
 
-def test_attention_alone_is_causal_and_weights_sum_to_one():
+def test_attention_sees_what_it_may():
     block = randomize(MultiHeadAttention(tiny_config(), layer_idx=0))
-    _, weights = block(torch.randn(1, 6, 32))
-    assert weights.shape == (1, 4, 6, 6)
+    x = torch.randn(2, 6, 32)
+    causal, weights = block(x)
+    assert weights.shape == (2, 4, 6, 6)
     assert weights.triu(1).abs().max() == 0
-    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 6), **EXACT)
-
-
-def test_attention_may_see_everything_when_told_so():
-    block = randomize(MultiHeadAttention(tiny_config(), layer_idx=0))
-    _, weights = block(torch.randn(1, 6, 32), is_causal=False)
-    assert (weights > 0).all()
-
-
-def test_scaling_switches():
-    plain = MultiHeadAttention(tiny_config(), layer_idx=2)
-    by_layer = MultiHeadAttention(tiny_config(scale_attn_by_inverse_layer_idx=True), layer_idx=2)
-    unscaled = MultiHeadAttention(tiny_config(scale_attn_weights=False), layer_idx=2)
-    assert plain.scaling == 8**-0.5
-    assert by_layer.scaling == plain.scaling / 3
-    assert unscaled.scaling == 1
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 6), **EXACT)
+    assert (block(x, is_causal=False)[1] > 0).all()
+    allowed = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
+    for by_mask, alone in zip(block(x, attention_mask=allowed), (causal, weights), strict=True):
+        torch.testing.assert_close(by_mask, alone)
 
 
 def test_transformer_block_adds_its_sub_layers_to_the_shortcut():
@@ -125,33 +107,8 @@ def test_transformer_block_adds_its_sub_layers_to_the_shortcut():
     torch.testing.assert_close(block(x), expected, **EXACT)
 
 
-def test_gradients_of_written_out_blocks_are_those_of_the_kernels():
-    results = []
-    for fused, implementation in [(True, "sdpa"), (False, "eager")]:
-        torch.manual_seed(0)
-        config = tiny_config(fused_kernels=fused)
-        config._attn_implementation = implementation
-        block = randomize(TransformerBlock(config, layer_idx=0))
-        x = torch.randn(2, 9, 32, requires_grad=True)
-        y = block(x)
-        y.square().sum().backward()
-        results.append([y, x.grad, *(parameter.grad for parameter in block.parameters())])
-    for kernel, written_out in zip(*results, strict=True):
-        torch.testing.assert_close(kernel, written_out, atol=1e-12, rtol=1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["tanh", "none"])
 def test_gelu_written_out_keeps_the_digits_of_halves(dtype, form):
     x = torch.linspace(-6, 6, 500, dtype=dtype)
     torch.testing.assert_close(GELU(form, fused=False)(x), GELU(form)(x), atol=1e-6, rtol=1e-2)
-
-
-def test_a_mask_of_yes_and_no():
-    attention = MultiHeadAttention(tiny_config(), 0).eval()
-    x = torch.randn(2, 6, 32)
-    allowed = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
-    expected, weights = attention(x)
-    own, own_weights = attention(x, attention_mask=allowed)
-    torch.testing.assert_close(own, expected)
-    torch.testing.assert_close(own_weights, weights)

@@ -11,35 +11,28 @@ from hf_scratch_gpt import ScratchGPTForCausalLM
 
 from ..models import random_ids, random_model
 
+TIED = [True, pytest.param(False, marks=pytest.mark.long)]
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+
+@pytest.fixture(scope="module", params=TIED, ids=["tied", "untied"])
 def expected(request, tmp_path_factory):
     """A folder with a model and what one process makes of a left-padded batch."""
     folder = tmp_path_factory.mktemp("parallel")
     torch.manual_seed(0)
     # an odd vocabulary, as GPT-2's is, and five layers, so that two stages differ
     model = random_model(
-        ScratchGPTForCausalLM,
-        tie_word_embeddings=request.param,
-        num_hidden_layers=5,
+        ScratchGPTForCausalLM, tie_word_embeddings=request.param, num_hidden_layers=5
     )
     model.save_pretrained(folder / "model")
     inputs = {"input_ids": random_ids(2, 10), "attention_mask": torch.ones(2, 10).long()}
     inputs["attention_mask"][1, :4] = 0
     with torch.no_grad():
         logits = model(**inputs).logits
-    generated = model.generate(
-        **inputs,
-        max_new_tokens=8,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    results = {
-        "logits": logits,
-        "sequences": generated.sequences,
-        "step_logits": torch.stack(generated.logits),
-    }
+    options = dict(max_new_tokens=8, do_sample=False)
+    options |= dict(output_logits=True, return_dict_in_generate=True)
+    generated = model.generate(**inputs, **options)
+    results = {"logits": logits, "sequences": generated.sequences, "options": options}
+    results["step_logits"] = torch.stack(generated.logits)
     torch.save({**inputs, **results}, folder / "expected.pt")
     return folder
 

@@ -11,17 +11,9 @@ import pytest
 import torch
 import transformers
 
-from hf_scratch_gpt import (
-    ScratchGPTForCausalLM,
-    ScratchGPTForQuestionAnswering,
-    ScratchGPTForSequenceClassification,
-    ScratchGPTForTokenClassification,
-    ScratchGPTModel,
-)
-from hf_scratch_gpt.checkpoints.commands import convert_command as convert
+from ..models import CLASSES, random_model
 
-from ..models import random_model
-
+MODEL = Path(__file__).parents[2] / "hf_scratch_gpt" / "model"
 LOAD_EVERYTHING = """
 import sys, warnings
 warnings.simplefilter("error")
@@ -55,55 +47,34 @@ tokenizer.save_pretrained(sys.argv[2])
 """
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory, openai_tiny):
-    folder = tmp_path_factory.mktemp("converted") / "tiny"
-    assert convert([str(openai_tiny), str(folder)]) == 0
-    return folder
-
-
 def load_everything(folder: Path, save_to: Path) -> str:
     """Text generated in a fresh process; fails if anything there does not load or warns."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD_EVERYTHING, str(folder), str(save_to)],
-        cwd=save_to.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", LOAD_EVERYTHING, str(folder), str(save_to)]
+    options = dict(cwd=save_to.parent, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, **options)
     assert run.returncode == 0, run.stderr
     assert not run.stderr, run.stderr
     return run.stdout
 
 
-def test_every_auto_class_loads_without_the_package(converted, tmp_path):
-    text = load_everything(converted, tmp_path / "again")
+def test_every_auto_class_loads_without_the_package(converted_tiny, tmp_path):
+    text = load_everything(converted_tiny, tmp_path / "again")
     assert text.startswith("The cat")
     # what that process saved carries its code on
     assert load_everything(tmp_path / "again", tmp_path / "third") == text
 
 
-def test_saved_folder_holds_the_code(converted):
-    names = {path.name for path in converted.glob("*.py")}
-    package = Path(__file__).parents[2] / "hf_scratch_gpt" / "model"
-    assert names == {path.name for path in package.glob("*_scratch_gpt.py")}
-    auto_map = json.loads((converted / "config.json").read_text())["auto_map"]
+def test_saved_folder_holds_the_code(converted_tiny):
+    names = {path.name for path in converted_tiny.glob("*.py")}
+    assert names == {path.name for path in MODEL.glob("*_scratch_gpt.py")}
+    auto_map = json.loads((converted_tiny / "config.json").read_text())["auto_map"]
     for reference in auto_map.values():
         module, name = reference.split(".")
-        assert f"class {name}(" in (converted / f"{module}.py").read_text()
+        assert f"class {name}(" in (converted_tiny / f"{module}.py").read_text()
 
 
-@pytest.mark.parametrize(
-    "model_class",
-    [
-        ScratchGPTModel,
-        ScratchGPTForCausalLM,
-        ScratchGPTForSequenceClassification,
-        ScratchGPTForTokenClassification,
-        ScratchGPTForQuestionAnswering,
-    ],
-)
+@pytest.mark.parametrize("model_class", CLASSES)
 @torch.no_grad()
 def test_auto_classes_find_the_package_when_it_is_imported(model_class, tmp_path):
     model = random_model(model_class)
@@ -115,15 +86,11 @@ def test_auto_classes_find_the_package_when_it_is_imported(model_class, tmp_path
 
 
 def test_saved_code_imports_only_what_users_have():
-    package = Path(__file__).parents[2] / "hf_scratch_gpt" / "model"
     allowed = ("torch", "transformers", "tiktoken", "huggingface_hub", "tokenizers")
-    for path in package.glob("*_scratch_gpt.py"):
+    for path in MODEL.glob("*_scratch_gpt.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                modules = [alias.name.split(".")[0] for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                modules = [str(node.module).split(".")[0]]
-            else:
-                continue
-            for module in modules:
-                assert module in allowed or module in sys.stdlib_module_names, (path.name, module)
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [str(node.module)]
+            for name in (name.split(".")[0] for name in names):
+                assert name in allowed or name in sys.stdlib_module_names, (path.name, name)

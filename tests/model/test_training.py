@@ -17,21 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 def trainer(model, rows, folder, **arguments):
     """A Trainer on `rows`, which hold labels of different lengths."""
-    return Trainer(
-        model=model,
-        train_dataset=rows,
-        args=TrainingArguments(
-            output_dir=folder,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            save_strategy="no",
-            logging_steps=1,
-            max_grad_norm=0.0,
-            learning_rate=1e-2,
-            **arguments,
-        ),
-    )
+    quiet = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no")
+    steps = dict(logging_steps=1, max_grad_norm=0.0, learning_rate=1e-2)
+    arguments = TrainingArguments(output_dir=folder, **quiet, **steps, **arguments)
+    return Trainer(model=model, train_dataset=rows, args=arguments)
 
 
 def uneven_rows(count):
@@ -50,15 +39,8 @@ def test_gradient_accumulation_gives_the_loss_of_the_large_batch(tmp_path):
     for batch, steps in [(4, 1), (1, 4), (2, 2)]:
         torch.manual_seed(0)
         model = random_model(ScratchGPTForCausalLM, drop_rate=0.0)
-        run = trainer(
-            model,
-            rows,
-            tmp_path,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=steps,
-            max_steps=2,
-            optim="sgd",
-        )
+        sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+        run = trainer(model, rows, tmp_path, max_steps=2, optim="sgd", **sizes)
         run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
         weights.append(model.model.layers[0].mlp.up_proj.weight.detach())
@@ -68,18 +50,10 @@ def test_gradient_accumulation_gives_the_loss_of_the_large_batch(tmp_path):
         torch.testing.assert_close(weights[other], weights[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_learns_one_batch_by_heart(checkpointing, tmp_path):
+def test_training_learns_one_batch_by_heart_from_checkpointed_activations(tmp_path):
     model = random_model(ScratchGPTForCausalLM, drop_rate=0.0)
-    run = trainer(
-        model,
-        uneven_rows(2),
-        tmp_path,
-        per_device_train_batch_size=2,
-        max_steps=150,
-        lr_scheduler_type="constant",
-        activation_checkpointing=checkpointing,
-    )
+    options = dict(per_device_train_batch_size=2, max_steps=150, activation_checkpointing=True)
+    run = trainer(model, uneven_rows(2), tmp_path, lr_scheduler_type="constant", **options)
     run.train()
     assert run.state.log_history[-2]["loss"] < 0.1
 
@@ -121,13 +95,11 @@ def test_lora_trains_with_peft_defaults_and_reloads(tmp_path):
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_transformers_loads_an_adapter_folder(tmp_path):
-    base = random_model(ScratchGPTForCausalLM)
-    base.save_pretrained(tmp_path / "base")
-    base.config.name_or_path = base.name_or_path = str(tmp_path / "base")
+def test_transformers_loads_an_adapter_folder(saved_model, tmp_path):
+    base = ScratchGPTForCausalLM.from_pretrained(saved_model)
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "adapter")
-    again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(tmp_path)
+    again = ScratchGPTForCausalLM.from_pretrained(tmp_path)
     ids = random_ids(1, 6)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits)

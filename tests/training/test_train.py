@@ -4,6 +4,7 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
+from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from hf_scratch_gpt.training import callbacks, parse_flags, train
 from hf_scratch_gpt.training.corpus import Blocks, tokenize
 from hf_scratch_gpt.training.run_folder import last_checkpoint
@@ -24,20 +25,6 @@ from hf_scratch_gpt.training.run_folder import last_checkpoint
 from ..models import random_gpt2
 
 TINY = dict(n_embd=32, n_layer=2, n_head=2, n_ctx=16, drop_rate=0.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny sums are done sooner by one, and always in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(openai_tiny):
-    return ScratchGPTTokenizer.from_pretrained(openai_tiny)
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +36,13 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture
-def run(text, tokenizer, tmp_path):
+def run(text, tiny_tokenizer, tmp_path):
     """Train a tiny model, in `tmp_path / name`."""
 
     def run(name="run", sources=text, **more):
-        defaults = dict(
-            tokenizer=tokenizer,
-            cache_dir=tmp_path / "cache",
-            validation=0.1,
-            max_steps=6,
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        given = {**defaults, **more}
+        quiet = dict(report_to="none", disable_tqdm=True)
+        run = dict(tokenizer=tiny_tokenizer, cache_dir=tmp_path / "cache", validation=0.1)
+        given = {**quiet, **run, "max_steps": 6, "logging_steps": 1, **more}
         given.setdefault("overrides", None if "model" in given else TINY)
         return train(sources, tmp_path / name, **given)
 
@@ -81,7 +61,13 @@ def held_out_loss(model, blocks):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-def test_texts_become_a_saved_model_with_its_tokenizer(run, text, tokenizer, tmp_path):
+@pytest.fixture
+def held_out(text, tiny_tokenizer, tmp_path):
+    """The blocks on which `run` validates."""
+    return Blocks(tokenize(text, tiny_tokenizer, cache_dir=tmp_path / "cache"), 16).split(0.1)[1]
+
+
+def test_texts_become_a_saved_model_with_its_tokenizer(run, held_out, tiny_tokenizer, tmp_path):
     result = run(eval_steps=3, per_device_eval_batch_size=4, report_to="tensorboard")
     assert (result.folder, result.steps) == (tmp_path / "run", 6)
     assert (result.interrupted, result.went_on_from) == (False, 0)
@@ -91,9 +77,8 @@ def test_texts_become_a_saved_model_with_its_tokenizer(run, text, tokenizer, tmp
     assert (config.vocab_size, config.hidden_size, config.use_cache) == (400, 32, True)
     assert {config.bos_token_id, config.eos_token_id, config.pad_token_id} == {399}
     again = AutoTokenizer.from_pretrained(result.folder)
-    assert again("The work")["input_ids"] == tokenizer("The work")["input_ids"]
+    assert again("The work")["input_ids"] == tiny_tokenizer("The work")["input_ids"]
 
-    _, held_out = Blocks(tokenize(text, tokenizer, cache_dir=tmp_path / "cache"), 16).split(0.1)
     assert len(held_out) % 4, "the last batch is not full"
     assert result.last("eval_loss") == pytest.approx(held_out_loss(model, held_out), abs=1e-6)
     losses = values(result.history, "eval_loss")
@@ -107,24 +92,18 @@ def test_texts_become_a_saved_model_with_its_tokenizer(run, text, tokenizer, tmp
 
 def test_one_batch_is_learned_by_heart(run, tmp_path):
     (tmp_path / "short.txt").write_text("The quick brown fox jumps over the lazy dog. " * 2)
-    result = run(
-        sources=tmp_path / "short.txt",
-        validation=None,
-        max_steps=150,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        logging_steps=50,
-    )
+    steps = dict(max_steps=150, logging_steps=50, learning_rate=1e-2, weight_decay=0.0)
+    options = dict(validation=None, lr_scheduler_type="constant", **steps)
+    result = run(sources=tmp_path / "short.txt", **options)
     assert result.last("loss") < 0.01
     assert result.last("eval_loss") is None
 
 
-def test_validation_may_have_texts_of_its_own(run, text, tokenizer, tmp_path):
+def test_validation_may_have_texts_of_its_own(run, tiny_tokenizer, tmp_path):
     (tmp_path / "other.txt").write_text("Nobody expects the perplexity of other texts. " * 9)
     result = run(validation=tmp_path / "other.txt", block_size=8)
     model = AutoModelForCausalLM.from_pretrained(result.folder)
-    others = tokenize(tmp_path / "other.txt", tokenizer, cache_dir=tmp_path / "cache")
+    others = tokenize(tmp_path / "other.txt", tiny_tokenizer, cache_dir=tmp_path / "cache")
     wanted = held_out_loss(model, Blocks(others, 8))
     assert result.last("eval_loss") == pytest.approx(wanted, abs=1e-6)
 
@@ -132,12 +111,8 @@ def test_validation_may_have_texts_of_its_own(run, text, tokenizer, tmp_path):
 def test_samples_are_written_on_the_way_and_change_nothing(run):
     samples = []
     options = dict(overrides={**TINY, "drop_rate": 0.1}, eval_strategy="no")
-    result = run(
-        sample_prompt="The work",
-        sample_steps=4,
-        on_sample=lambda step, text: samples.append((step, text)),
-        **options,
-    )
+    sampling = dict(sample_steps=4, on_sample=lambda *sample: samples.append(sample))
+    result = run(sample_prompt="The work", **sampling, **options)
     assert [step for step, _ in samples] == [4, 6]
     assert all(text.startswith("The work") and len(text) > 12 for _, text in samples)
     assert values(result.history, "loss") == values(run("other", **options).history, "loss")
@@ -146,7 +121,7 @@ def test_samples_are_written_on_the_way_and_change_nothing(run):
 
 
 @pytest.mark.parametrize("kind", ["ours", "gpt2", pytest.param("object", marks=pytest.mark.long)])
-def test_a_saved_model_is_trained_on(kind, run, text, tokenizer, tmp_path):
+def test_a_saved_model_is_trained_on(kind, run, held_out, tmp_path):
     first = run("first").folder
     options = {}
     if kind == "gpt2":
@@ -159,7 +134,6 @@ def test_a_saved_model_is_trained_on(kind, run, text, tokenizer, tmp_path):
         model = first if kind == "ours" else AutoModelForCausalLM.from_pretrained(first)
         options["tokenizer"] = None  # its own
     result = run(model=model, learning_rate=0.0, **options)
-    _, held_out = Blocks(tokenize(text, tokenizer, cache_dir=tmp_path / "cache"), 16).split(0.1)
     assert result.last("eval_loss") == pytest.approx(held_out_loss(start, held_out), abs=2e-6)
     trained = AutoModelForCausalLM.from_pretrained(result.folder)
     assert type(trained) is ScratchGPTForCausalLM
@@ -189,15 +163,9 @@ class Signals(TrainerCallback):
     ],
 )
 def test_a_signal_stops_with_a_checkpoint_to_go_on_from(number, strategy, run, logged_warnings):
-    options = dict(
-        overrides={**TINY, "drop_rate": 0.1},
-        max_steps=10,
-        per_device_train_batch_size=8,
-        save_strategy=strategy,
-        eval_strategy=strategy,
-        eval_steps=3,
-        save_steps=10,
-    )
+    options = dict(overrides={**TINY, "drop_rate": 0.1}, per_device_train_batch_size=8)
+    options |= dict(max_steps=10, eval_steps=3, save_steps=10)
+    options |= dict(save_strategy=strategy, eval_strategy=strategy)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     # torchrun sends a SIGTERM behind a Ctrl-C
     stop = run(callbacks=[Signals(3, number, signal.SIGTERM)], **options)
@@ -215,18 +183,15 @@ def test_a_signal_stops_with_a_checkpoint_to_go_on_from(number, strategy, run, l
         assert values(result.history, name) == values(whole.history, name)
 
 
-@pytest.fixture
-def interruptible():
-    """As in a terminal; a shell starts what runs in the background with interrupts ignored."""
+def test_a_second_interrupt_ends_at_once(run, tmp_path, logged_warnings):
+    # As in a terminal; a shell starts what runs in the background with interrupts ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_second_interrupt_ends_at_once(run, tmp_path, logged_warnings, interruptible):
-    with pytest.raises(KeyboardInterrupt):
-        run(callbacks=[Signals(3, signal.SIGINT, signal.SIGINT)])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(callbacks=[Signals(3, signal.SIGINT, signal.SIGINT)])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list((tmp_path / "run").glob("checkpoint-3"))
 
 
@@ -314,31 +279,18 @@ def test_what_does_not_fit_is_said_before_anything_is_done(run, text, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-class Engine:
-    """Stands in for `engine.swap`: notes what is done, and whether the model was saved before."""
-
-    def __init__(self, folder):
-        self.folder, self.done = folder, []
-
-    def optimize_for_training(self, model):
-        self.done.append(("optimize", type(model), self.is_saved()))
-        return model
-
-    def restore(self, model):
-        self.done.append(("restore", type(model), self.is_saved()))
-        return model
-
-    def is_saved(self):
-        return (self.folder / "model.safetensors").exists()
-
-
 def test_a_cpu_trains_by_the_engine_which_is_not_saved(run, tmp_path, monkeypatch):
-    engine = Engine(tmp_path / "run")
+    saved, done = tmp_path / "run" / "model.safetensors", []
+
+    def note(name):
+        return lambda model: done.append((name, type(model), saved.exists())) or model
+
+    engine = SimpleNamespace(optimize_for_training=note("optimize"), restore=note("restore"))
     monkeypatch.setitem(sys.modules, "hf_scratch_gpt.engine.swap", engine)
     run(max_steps=2)
     names = [(name, ScratchGPTForCausalLM, False) for name in ("restore", "optimize", "restore")]
-    assert engine.done == names
-    assert engine.is_saved()
+    assert done == names
+    assert saved.exists()
 
 
 def test_the_curve_shows_both_losses_with_units(tmp_path, monkeypatch):

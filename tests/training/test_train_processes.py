@@ -14,15 +14,7 @@ from hf_scratch_gpt.training.run import train
 
 pytestmark = pytest.mark.long
 KILLED = -9
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Sums in the same order as in processes that have a thread each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+WORKER = "tests.training.train_worker"
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +23,11 @@ def arguments(openai_tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     text = Path(__file__).parents[2] / "LICENSE"
     (folder / "text.txt").write_text(text.read_text()[:3000])
-    return dict(
-        sources=str(folder / "text.txt"),
-        tokenizer=str(openai_tiny),
-        cache_dir=str(folder / "cache"),
-        overrides=dict(n_embd=32, n_layer=2, n_head=2, n_ctx=16, drop_rate=0.0),
-        validation=0.1,
-        max_steps=30,
-        learning_rate=1e-3,
-        logging_steps=1,
-        eval_steps=6,
-        save_steps=4,
-        seed=7,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    place = dict(sources=str(folder / "text.txt"), cache_dir=str(folder / "cache"))
+    overrides = dict(n_embd=32, n_layer=2, n_head=2, n_ctx=16, drop_rate=0.0)
+    model = dict(tokenizer=str(openai_tiny), overrides=overrides, seed=7, validation=0.1)
+    steps = dict(max_steps=30, learning_rate=1e-3, logging_steps=1, eval_steps=6, save_steps=4)
+    return {**place, **model, **steps, "report_to": "none", "disable_tqdm": True}
 
 
 def start(arguments, folder, processes=1, **more):
@@ -56,19 +38,9 @@ def start(arguments, folder, processes=1, **more):
     file = folder.with_suffix(".arguments")
     file.write_text(json.dumps(given))
     several = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *(several if processes > 1 else []),
-            "tests.training.train_worker",
-            file,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", *(several if processes > 1 else []), WORKER, str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert "warning" not in run.stderr.lower(), run.stderr
     if run.returncode not in (0, KILLED):
         pytest.fail(run.stderr)
@@ -87,9 +59,7 @@ def assert_same_curve(history, wanted, tolerance, **tolerances):
         assert found == pytest.approx(values(wanted, name), abs=limit, rel=0), name
 
 
-def test_a_run_killed_again_and_again_has_the_losses_of_one_in_peace(
-    arguments, one_thread, tmp_path
-):
+def test_a_run_killed_again_and_again_has_the_losses_of_one_in_peace(arguments, tmp_path):
     # dropout, so that the random numbers have to go on where they were
     overrides = {**arguments["overrides"], "drop_rate": 0.1}
     arguments = {**arguments, "overrides": overrides}
@@ -113,7 +83,7 @@ def test_a_run_killed_again_and_again_has_the_losses_of_one_in_peace(
 
 
 @pytest.fixture(scope="module")
-def alone(arguments, one_thread, tmp_path_factory):
+def alone(arguments, tmp_path_factory):
     """The same training in one process."""
     folder = tmp_path_factory.mktemp("alone")
     return train(**arguments, output_dir=folder / "run", per_device_train_batch_size=8)

@@ -57,7 +57,7 @@ def table(pairs: list[tuple[bytes, bytes]]) -> bytes:
 
 def write_checkpoint(prefix: Path, tensors: dict[str, torch.Tensor], num_shards: int = 1) -> None:
     """Write float32 tensors, dealt to the shards in turn."""
-    shards = [b""] * num_shards
+    shards = [bytearray() for _ in range(num_shards)]
     pairs = [(b"", field(1, num_shards))]
     for count, (name, tensor) in enumerate(sorted(tensors.items())):
         number, data = count % num_shards, tensor.contiguous().numpy().tobytes()

@@ -54,13 +54,13 @@ def known_keywords(
     declared = _arguments(attend) - _OF_ATTENTION
     for name in unknown:
         if name not in declared:
-            known = _arguments(forward) | declared | _FROM_HOSTS | _OF_LOSS | _OF_HEADS
-            known |= {"past_key_values"}  # which `deprecate_kwarg` takes for `cache`
-            nearest = difflib.get_close_matches(name, known - {name}, n=1, cutoff=0)[0]
-            raise TypeError(
-                f"forward() does not know the keyword argument {name!r}; the nearest that it knows "
-                f"is {nearest!r}"
-            )
+            message = f"forward() does not know the keyword argument {name!r}"
+            if not torch.compiler.is_compiling():  # it would trace the search, for a minute
+                known = _arguments(forward) | declared | _FROM_HOSTS | _OF_LOSS | _OF_HEADS
+                known |= {"past_key_values"}  # which `deprecate_kwarg` takes for `cache`
+                nearest = difflib.get_close_matches(name, known - {name}, n=1, cutoff=0)[0]
+                message += f"; the nearest that it knows is {nearest!r}"
+            raise TypeError(message)
     return given
 
 

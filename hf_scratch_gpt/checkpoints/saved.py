@@ -21,10 +21,10 @@ def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]
     A ValueError tells what is damaged, missing or left over.
     """
     path = folder / "config.json"
-    kind, ours = (
-        read_json(read_text(path), str(path)).get("model_type"),
-        ScratchGPTConfig.model_type,
-    )
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; name the folder of a saved model")
+    fields = read_json(read_text(path), str(path))
+    kind, ours = fields.get("model_type"), ScratchGPTConfig.model_type
     if kind != ours:
         raise ValueError(f"{path} is of a model of type {kind!r}; name the folder of a {ours}")
     with told_as_error(path):

@@ -1,5 +1,7 @@
 """The models against GPT2LMHeadModel on the same weights, and their promises at the edges."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -64,19 +66,17 @@ def logits_step_by_step(model, ids, mask):
     return torch.cat(pieces, dim=1)
 
 
-# Flex attention is compiled for each length: with a cache, for three.
+# Flex attention is compiled for each shape: with a cache, for three of them.
 @pytest.mark.parametrize(
-    ("implementation", "cached"),
+    ("implementation", "cached", "rows"),
     [
-        ("eager", False),
-        ("eager", True),
-        ("sdpa", False),
-        ("sdpa", True),
-        ("flex_attention", False),
-        pytest.param("flex_attention", True, marks=pytest.mark.long),
+        *itertools.product(["eager", "sdpa"], [False, True], [1, 3]),
+        ("flex_attention", False, 3),
+        pytest.param("flex_attention", False, 1, marks=pytest.mark.long),
+        pytest.param("flex_attention", True, 1, marks=pytest.mark.long),
+        pytest.param("flex_attention", True, 3, marks=pytest.mark.long),
     ],
 )
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("padding", ["no", "left", "right"])
 @torch.no_grad()
 def test_logits_equal_gpt2s(ours, reference, padding, cached, rows):

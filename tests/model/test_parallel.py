@@ -37,7 +37,14 @@ def expected(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["tp", "pp", "fsdp"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "tp",
+        pytest.param("pp", marks=pytest.mark.long),
+        pytest.param("fsdp", marks=pytest.mark.long),
+    ],
+)
 def test_two_processes_agree_with_one(kind, expected):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run = subprocess.run(

@@ -92,6 +92,7 @@ def test_nasty_texts_equal_gpt2s(pair, text):
 
 
 # Four hundred lists of fifty are 20,000 strings.
+@pytest.mark.long
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), **REPEATABLE)
 @given(texts=st.lists(st.text(max_size=40), min_size=50, max_size=50))
 def test_random_texts_equal_gpt2s_and_tiktokens(pair, texts):

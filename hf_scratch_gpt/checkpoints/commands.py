@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def _open_source(options: argparse.Namespace) -> GPT2Source:
 def _run(work: Callable[[], list[str]]) -> int:
     """Print the report of `work`; return an exit code, 1 after an error told in one line."""
     # SIGTERM does what Ctrl-C does, so that what is unfinished is removed.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
+    before = in_main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print("\n".join(work()))
         return 0
@@ -109,7 +111,8 @@ def _run(work: Callable[[], list[str]]) -> int:
         print("stopped; nothing was changed", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _printable(text: str) -> str:

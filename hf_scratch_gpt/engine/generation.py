@@ -58,7 +58,8 @@ class FastGeneration(GenerationMixin):
         )
         if may_suit:
             # The loop has the streamer to itself, as it may turn out not to suit.
-            others = {name: given for name, given in kwargs.items() if name != "streamer"}
+            apart = ("streamer", "custom_generate")
+            others = {name: given for name, given in kwargs.items() if name not in apart}
             loop = functools.partial(_write, streamer=kwargs.get("streamer"))
             try:
                 return super().generate(inputs, *args, custom_generate=loop, **others)
@@ -73,7 +74,13 @@ class FastGeneration(GenerationMixin):
                 f"the weights are in {self.optimized.weight_format}; save the model before it is "
                 "optimized"
             )
-        super().save_pretrained(*args, **kwargs)
+        settings: dict[str, Any] = self.generation_config.__dict__
+        ours = {name: settings[name] for name in self.optimized.generation}
+        settings.update(self.optimized.generation)  # a saved folder carries nothing of the engine
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            settings.update(ours)
 
 
 def _write(

@@ -1,6 +1,6 @@
 """Exchange parts of one model for faster ones, by one table, and put them back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -68,7 +68,27 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         RuntimeError: the compiler fails.
     """
     _check_for_generation(model, weights)
+    _exchange_all(model, weights, lambda: _prepare_generation(model, weights))
+    return model
+
+
+def _exchange_all(model: Any, weights: str | None, work: Callable[[], Optimized]) -> None:
+    """Do `work`, which exchanges parts; an error or Ctrl-C in it leaves `model` as it was.
+
+    Only `weights` in another format cannot be put back: then `restore` and saving refuse.
+    """
+    model.optimized = Optimized(model.config._attn_implementation, weight_format=weights)
+    try:
+        model.optimized = work()
+    except BaseException:
+        if weights is None:
+            restore(model)
+        raise
+
+
+def _prepare_generation(model: Any, weights: str | None) -> Optimized:
     generation: dict[str, Any] = {}
+    attention = model.config._attn_implementation
     if model.device.type == "cpu":
         compiled()
         _exchange(model, _GENERATION, Int8Linear if weights else None)
@@ -87,9 +107,7 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
     known = known_classes(model)
     layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
     way = fastest_way(layers) if can_compute(model, known) else 0
-    attention = model.config._attn_implementation
-    model.optimized = Optimized(attention, known, way, weights, generation)
-    return model
+    return Optimized(attention, known, way, weights, generation)
 
 
 def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
@@ -109,12 +127,16 @@ def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
     _check(model)
     if model.device.type != "cpu":
         return model
+    _exchange_all(model, None, lambda: _prepare_training(model))
+    return model
+
+
+def _prepare_training(model: Any) -> Optimized:
     attention = model.config._attn_implementation
     _exchange(model, _TRAINING)
     if attention in IN_FLOAT32:
         model.set_attn_implementation(IN_FLOAT32[attention])
-    model.optimized = Optimized(attention)
-    return model
+    return Optimized(attention)
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
@@ -122,9 +144,11 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
     Returns `model`, unchanged if it is not optimized; a ValueError if its weights were quantized.
     """
-    optimized: Optimized | None = getattr(model, "optimized", None)
-    if optimized is None:
+    # PEFT's models hold the one that was optimized.
+    owner: Any = next((part for part in model.modules() if "optimized" in vars(part)), None)
+    if owner is None:
         return model
+    optimized: Optimized = owner.optimized
     if optimized.weight_format is not None:
         raise ValueError(
             f"weights in {optimized.weight_format} cannot be restored; load the model again"
@@ -135,15 +159,15 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             vars(part).pop("packed", None)
             vars(part).pop("rough", None)
             part.__class__ = kind
-    model.set_attn_implementation(optimized.attention)
+    owner.set_attn_implementation(optimized.attention)
     for name, value in optimized.generation.items():
-        setattr(model.generation_config, name, value)
-    del model.optimized
+        setattr(owner.generation_config, name, value)
+    del owner.optimized
     return model
 
 
 def _check(model: Any) -> None:
-    if getattr(model, "optimized", None) is not None:
+    if any("optimized" in vars(part) for part in model.modules()):
         raise ValueError("the model is optimized already; call restore(model) or load it again")
     if not any(_is_ours(type(part)) for part in model.modules()):
         raise ValueError(

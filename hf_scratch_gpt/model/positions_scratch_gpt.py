@@ -140,7 +140,18 @@ def positions_of(
         ValueError: a token would stand past the last position or before the first; the mask has
             fewer columns than there are tokens.
     """
+    batch, tokens = inputs.shape[:2]
     is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    if is_padding_mask and attention_mask.shape[0] != batch:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[0]} rows for {batch} texts; give a row for "
+            "each"
+        )
+    if position_ids is not None and position_ids.shape not in ((batch, tokens), (1, tokens)):
+        raise ValueError(
+            f"position_ids has the shape {list(position_ids.shape)}; give [{batch}, {tokens}] or "
+            f"[1, {tokens}], a position for each new token"
+        )
     padding_mask = attention_mask if is_padding_mask else None
     limit = config.max_position_embeddings
     check_length(limit, inputs, cache, past_length, padding_mask, position_ids)

@@ -5,8 +5,8 @@ The same call runs in one process, and in each of several under `torchrun` or `a
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,8 +202,6 @@ def _make_trainer(
     held_out: Blocks | None,
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
-    # A checkpoint holds tied weights once; the Trainer would warn that the others are missing.
-    model._keys_to_ignore_on_save |= model.all_tied_weights_keys.keys()
     kept, arguments.save_total_limit = arguments.save_total_limit, None
     trainer = Trainer(
         model=model,
@@ -231,12 +229,25 @@ def _suits_the_engine(trainer: Trainer) -> bool:
     )
 
 
+@contextmanager
+def _as_before(model: PreTrainedModel) -> Iterator[None]:
+    """Let `model`, which may be the caller's, cache and save afterwards as it did before."""
+    kept = model._keys_to_ignore_on_save
+    # A checkpoint holds tied weights once; the Trainer would warn that the others are missing.
+    model._keys_to_ignore_on_save = (kept or set()) | model.all_tied_weights_keys.keys()
+    try:
+        yield
+    finally:
+        model._keys_to_ignore_on_save = kept
+        model.config.use_cache = True  # the Trainer has turned it off
+
+
 def _run(trainer: Trainer, checkpoint: Path | None) -> TrainingResult:
     """Train, from `checkpoint` on if there is one, and save."""
     from ..engine.swap import optimize_for_training, restore
 
     model_class, folder = type(trainer.model), Path(trainer.args.output_dir)
-    with StopOnSignal(announce=trainer.is_world_process_zero()) as stop:
+    with _as_before(trainer.model), StopOnSignal(announce=trainer.is_world_process_zero()) as stop:
         trainer.add_callback(stop)
         with ExitStack() as engine:
             if _suits_the_engine(trainer):

@@ -134,3 +134,35 @@ def test_adapters_learn(monkeypatch):
     assert len(results[0]) == 12
     for exact, own in zip(*results, strict=True):
         torch.testing.assert_close(own, exact, atol=1e-5, rtol=1e-4)
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model, ids = random_model(ScratchGPTForCausalLM), random_ids(1, 6)
+    before, expected = classes(model), model(ids).logits
+
+    def fail(head):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_scratch_gpt.engine.swap.keep_rough", fail)
+        with pytest.raises(MemoryError):
+            optimize_for_generation(model)
+    assert classes(model) == before
+    assert torch.equal(model(ids).logits, expected)
+    optimize_for_generation(model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks by it
+def test_a_model_within_an_adapters_is_restored():
+    model = optimize_for_training(random_model(ScratchGPTForCausalLM))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    restore(adapted)
+    optimize_for_generation(adapted.merge_and_unload().eval())
+
+
+def test_generate_takes_the_default_of_custom_generate():
+    model, ids = random_model(ScratchGPTForCausalLM), random_ids(1, 6)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    optimize_for_generation(model)
+    found = model.generate(ids, max_new_tokens=4, do_sample=False, custom_generate=None)
+    assert torch.equal(found, expected)

@@ -305,6 +305,8 @@ class TestPastTheLastPosition:
             (dict(input_ids=IDS, position_ids=torch.tensor([[0, POSITIONS]])), message),
             (dict(input_ids=IDS, position_ids=IDS - 2), NEGATIVE),
             (dict(input_ids=IDS, attention_mask=IDS[:, :1]), SHORT_MASK),
+            (dict(input_ids=IDS, attention_mask=IDS.repeat(3, 1)), "3 rows for 1 texts"),
+            (dict(input_ids=IDS, position_ids=IDS[:, :1]), r"position_ids has the shape \[1, 1\]"),
             (dict(input_ids=IDS, attention_mask=IDS[:, :1], position_ids=IDS), SHORT_MASK),
             ({}, ONE_OF),
             (dict(input_ids=IDS, inputs_embeds=torch.zeros(1, 2, 32)), ONE_OF),

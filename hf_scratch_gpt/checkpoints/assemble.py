@@ -1,8 +1,7 @@
 """Plan which tensors make which, by the one table: those of a source ours, and ours GPT-2's."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Collection, Mapping
+from functools import partial, reduce
 from math import prod
 
 import torch
@@ -10,48 +9,14 @@ import torch
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from .names import rules_of
-from .sources import GPT2Source, StoredTensor, told_as_error
+from .sources import GPT2Source, StoredTensor, joined, told_as_error
 
+Planned = dict[str, StoredTensor]  # tensors to write, by their names; nothing is read yet
 _NAMED = 5  # names in one message
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One rule applied to one layer: the tensors to write, and the stored ones that make them.
-
-    Args:
-        shapes: of the tensors to write by their names; equal parts along the first dimension.
-        stored: what lies together along the first dimension; none where zeros are written.
-        transposed: whether what is stored is transposed.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    stored: list[StoredTensor]
-    transposed: bool = False
-
-    @property
-    def where(self) -> str:
-        """Where the stored tensors come from, for messages."""
-        return " or ".join(stored.where for stored in self.stored) or "zeros"
-
-    def check(self) -> None:
-        """Raise a ValueError if a stored tensor has not the shape or data type that it needs."""
-        for stored in self.stored:
-            outputs, *inputs = next(iter(self.shapes.values()))
-            whole = (outputs * len(self.shapes) // len(self.stored), *inputs)
-            stored.check(whole[::-1] if self.transposed else whole)
-
-    def read(self) -> list[torch.Tensor]:
-        """The tensors to write, views of what is stored where that is enough."""
-        if not self.stored:
-            return [torch.zeros(shape) for shape in self.shapes.values()]
-        parts = [stored.read() for stored in self.stored]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return list((whole.T if self.transposed else whole).chunk(len(self.shapes)))
-
-
-def plan(source: GPT2Source) -> list[Piece]:
-    """How all tensors of our language model come from those of `source`; nothing is read yet.
+def plan(source: GPT2Source) -> Planned:
+    """All tensors of our language model, made of those of `source`.
 
     Raises:
         ValueError: a tensor is missing, left over, or has another shape or data type; names it.
@@ -61,31 +26,46 @@ def plan(source: GPT2Source) -> list[Piece]:
         raise ValueError(f"{source.path} has {count} tensors, too few for {layers} layers")
     with told_as_error(source.path):
         shapes = shapes_of(source.config)
-    left = dict(source.tensors)
-    pieces: list[Piece] = []
-    missing: list[str] = []
+    left, planned, missing = dict(source.tensors), Planned(), []
     for rule in rules_of(layers):
-        if rule.ours[0] not in shapes:  # a bias that this model does without, a head that is tied
-            continue
-        stored = [left.pop(rule.gpt2)] if rule.gpt2 in left else []
-        if not stored and not (source.biases_optional and rule.gpt2.endswith("bias")):
+        # Without a bias that this model does without, and a head that is tied.
+        ours = {name: shapes[name] for name in rule.ours if name in shapes}
+        if rule.gpt2 in left and ours:
+            transposed = rule.is_matrix and source.inputs_first
+            planned |= _parts(left.pop(rule.gpt2), ours, transposed)
+        elif source.biases_optional and rule.gpt2.endswith("bias"):
+            planned |= {name: _zeros(name, shape) for name, shape in ours.items()}
+        elif ours:
             missing.append(rule.gpt2)
-        ours = {name: shapes[name] for name in rule.ours}
-        transposed = rule.is_matrix and source.inputs_first
-        pieces.append(Piece(ours, stored, transposed))
-    _raise_if_any(missing, f"{source.path} lacks the tensors")
+    raise_if_any(missing, f"{source.path} lacks the tensors")
     left_names = [tensor.name for tensor in left.values()]
-    _raise_if_any(left_names, f"{source.path} has tensors that GPT-2 has not:")
-    for piece in pieces:
-        piece.check()
-    return pieces
+    raise_if_any(left_names, f"{source.path} has tensors that GPT-2 has not:")
+    return planned
 
 
-def _raise_if_any(names: list[str], what: str) -> None:
+def _parts(whole: StoredTensor, shapes: dict[str, tuple[int, ...]], transposed: bool) -> Planned:
+    """Equal parts of `whole` along its outputs, by the names in `shapes`."""
+    outputs, *inputs = next(iter(shapes.values()))
+    shape = (outputs * len(shapes), *inputs)
+    whole.check(shape[::-1] if transposed else shape)
+
+    def part(number: int, tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor.T if transposed else tensor).chunk(len(shapes))[number]
+
+    numbered = enumerate(shapes.items())
+    return {name: whole.made(partial(part, i), shape) for i, (name, shape) in numbered}
+
+
+def _zeros(name: str, shape: tuple[int, ...]) -> StoredTensor:
+    """A bias that the source does without; its type becomes any other without a loss."""
+    return StoredTensor(name, "zeros", shape, torch.bool, partial(torch.zeros, shape))
+
+
+def raise_if_any(names: Collection[str], what: str) -> None:
     """Raise a ValueError that tells the first few of `names`, if there are any."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     if names:
-        raise ValueError(f"{what} {', '.join(names[:_NAMED])}{more}")
+        raise ValueError(f"{what} {', '.join(sorted(names)[:_NAMED])}{more}")
 
 
 def shapes_of(config: ScratchGPTConfig) -> dict[str, tuple[int, ...]]:
@@ -97,27 +77,27 @@ def shapes_of(config: ScratchGPTConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in ours.items()}
 
 
-def common_dtype(pieces: list[Piece]) -> torch.dtype:
-    """The data type that holds every stored tensor of `pieces` without loss."""
-    return reduce(torch.promote_types, (part.dtype for piece in pieces for part in piece.stored))
+def common_dtype(planned: Planned) -> torch.dtype:
+    """The data type that holds all tensors of `planned` without loss."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in planned.values()))
 
 
-def num_parameters(pieces: list[Piece]) -> int:
-    """How many numbers the tensors of `pieces` hold."""
-    return sum(prod(shape) for piece in pieces for shape in piece.shapes.values())
+def num_parameters(planned: Planned) -> int:
+    """How many numbers the tensors of `planned` hold."""
+    return sum(prod(tensor.shape) for tensor in planned.values())
 
 
-def plan_export(ours: Mapping[str, StoredTensor], config: ScratchGPTConfig) -> list[Piece]:
-    """How the tensors of transformers' GPT-2 come from `ours`; the inverse of `plan`."""
-    pieces = []
+def plan_export(ours: Mapping[str, StoredTensor], config: ScratchGPTConfig) -> Planned:
+    """The tensors of transformers' GPT-2, made of `ours`; the inverse of `plan`."""
+    planned: Planned = {}
     for rule in rules_of(config.num_hidden_layers):
-        stored = [ours[name] for name in rule.ours if name in ours]
-        if not stored and rule.gpt2.endswith("weight"):  # of a head that is tied
-            continue
-        # GPT-2 has biases everywhere.
-        first, *inputs = stored[0].shape if stored else (config.hidden_size,)
-        whole = (first * len(rule.ours), *inputs)
         name = rule.gpt2 if rule.gpt2 in ours else f"transformer.{rule.gpt2}"
-        shape = whole[::-1] if rule.is_matrix else whole
-        pieces.append(Piece({name: shape}, stored, rule.is_matrix))
-    return pieces
+        parts = [ours[part] for part in rule.ours if part in ours]
+        if parts:
+            whole = joined(parts)
+            if rule.is_matrix:
+                whole = whole.made(torch.t, whole.shape[::-1])
+            planned[name] = whole
+        elif rule.gpt2.endswith("bias"):  # GPT-2 has biases everywhere
+            planned[name] = _zeros(name, (config.hidden_size * len(rule.ours),))
+    return planned

@@ -1,19 +1,24 @@
-"""Convert an opened GPT-2 to a saved model: weights, configuration, code and tokenizer."""
+"""Convert an opened GPT-2 to a saved model of ours, and export one to transformers' format."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from ..files import new_folder
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
-from .assemble import common_dtype, num_parameters, plan
+from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
+from .assemble import common_dtype, num_parameters, plan, plan_export
 from .digests import sha256
-from .hf_gpt2 import OFFICIAL
-from .saved import save_all_but_weights
-from .sources import GPT2Source
-from .verify import verify
+from .hf_gpt2 import OFFICIAL, read_hf_gpt2
+from .saved import read_saved, save_all_but_weights
+from .sources import GPT2Source, told_as_error
+from .verify import gpt2_config, verify
 from .weights import write_weights
+
+# Where our files came from, and where their code is; GPT-2's own needs none.
+_OUR_SETTINGS = ("auto_map", "is_local", "local_files_only")
 
 
 def convert(
@@ -39,18 +44,17 @@ def convert(
     Raises:
         ValueError: a tensor is missing, left over, misshapen or not finite, or the logits differ.
     """
-    pieces = plan(source)
-    dtype, parameters = dtype or common_dtype(pieces), num_parameters(pieces)
+    planned = plan(source)
+    dtype, parameters = dtype or common_dtype(planned), num_parameters(planned)
     report = list(_read_and_dropped(source))
     with new_folder(out) as complete:
         origin = Path(source.path)
         save_all_but_weights(ScratchGPTForCausalLM, source.config, dtype, origin, complete)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(complete)
-        write_weights(complete, pieces, dtype, max_shard_size)
+        write_weights(complete, planned, dtype, max_shard_size)
         if check:
-            largest, mean = verify(source, complete)
-            report.append(f"checked  logits differ by {largest:.2g} at most, {mean:.2g} on average")
+            report.append(f"checked  {verify(source, complete)}")
         card = _model_card(complete, source, dtype, parameters)
         (complete / "README.md").write_text(card, encoding="utf-8")
     report.append(f"wrote    {parameters:,} parameters in {dtype} to {out}")
@@ -64,21 +68,16 @@ def _read_and_dropped(source: GPT2Source) -> Iterator[str]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield f"dropped  {names[0]}{more}: {reason}"
     for file in source.unchecked:
-        yield (
-            f"trusted  {file} has no checksum; one beside it, as `sha256sum FILE > SHA256SUMS` "
-            "writes it, would show a damaged bit"
-        )
+        remedy = "`sha256sum FILE > SHA256SUMS` beside it would show a damaged bit"
+        yield f"trusted  {file} has no checksum; {remedy}"
     if source.tokenizer is None:
         yield "lacks    a vocabulary; --tokenizer saves one with the model"
 
 
 def _model_card(folder: Path, source: GPT2Source, dtype: torch.dtype, parameters: int) -> str:
     """The text of README.md: origin, sizes, the files in `folder` and their SHA-256."""
-    rows = [
-        f"| {path.name} | {path.stat().st_size:,} | `{sha256(path)}` |"
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    ]
+    files = sorted(filter(Path.is_file, folder.iterdir()))
+    rows = [f"| {path.name} | {path.stat().st_size:,} | `{sha256(path)}` |" for path in files]
     config, newline = source.config, "\n"
     return f"""\
 ---
@@ -106,3 +105,38 @@ def name_of(source: str) -> str:
     """The name to give to the file, folder or hub id `source` wherever the result goes."""
     path = Path(source)
     return path.resolve().name if path.exists() else OFFICIAL.get(source, source)
+
+
+def export(source: Path, out: Path) -> list[str]:
+    """Write the model saved in the folder `source` to `out` in transformers' GPT-2 format.
+
+    It loads with `GPT2LMHeadModel` and `AutoTokenizer`, without this package. `out`, as
+    `files.destination` returns it, appears when all is written and its logits are the source's.
+
+    Returns:
+        Lines that tell what was checked and written.
+
+    Raises:
+        ValueError: `source` is not a model of ours or is damaged, or the logits differ.
+    """
+    config, stored = read_saved(source)
+    planned = plan_export(stored, config)
+    dtype = common_dtype(planned)
+    with new_folder(out) as complete:
+        save_all_but_weights(GPT2LMHeadModel, gpt2_config(config), dtype, source, complete)
+        if any((source / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            _save_tokenizer(source, complete)
+        write_weights(complete, planned, dtype)
+        checked = verify(read_hf_gpt2(str(complete)), source)
+    return [f"checked  {checked}", f"wrote    {out}"]
+
+
+def _save_tokenizer(source: Path, out: Path) -> None:
+    """Save the vocabulary of `source` in `out` as GPT-2's."""
+    with told_as_error(source):
+        ours = ScratchGPTTokenizer.from_pretrained(source)
+        theirs = GPT2TokenizerFast.from_pretrained(source)
+    for name in _OUR_SETTINGS:
+        theirs.init_kwargs.pop(name, None)
+    theirs.save_pretrained(out)
+    ours.save_vocabulary(out)

@@ -5,20 +5,13 @@ import re
 import zipfile
 from pathlib import Path
 
-from transformers.utils import logging
-
-_CHUNK = 1 << 22
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of the file `path`, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    chunks = range(0, path.stat().st_size, _CHUNK)
     with path.open("rb") as file:
-        for _ in logging.tqdm(chunks, desc=f"Checking {path.name}", leave=False, delay=1):
-            digest.update(file.read(_CHUNK))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unchecked_files(paths: list[Path]) -> list[str]:
@@ -31,13 +24,12 @@ def unchecked_files(paths: list[Path]) -> list[str]:
     unchecked = []
     for path in paths:
         recorded, where = _recorded(path)
-        if recorded is None and not zipfile.is_zipfile(path):
-            unchecked.append(str(path))
-        if recorded is not None and (found := sha256(path)) != recorded:
-            raise ValueError(
-                f"{path} has the SHA-256 {found}, and {where} says {recorded}: it is damaged; "
-                "fetch it again"
-            )
+        if recorded is None:
+            if not zipfile.is_zipfile(path):
+                unchecked.append(str(path))
+        elif (found := sha256(path)) != recorded:
+            difference = f"{path} has the SHA-256 {found}, and {where} says {recorded}"
+            raise ValueError(f"{difference}: it is damaged; fetch it again")
     return unchecked
 
 

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from ..model.configuration_scratch_gpt import ScratchGPTConfig
+from ..model.configuration_scratch_gpt import PRESET_ALIASES, ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import read_json, read_text
 from .pickles import Pickle
@@ -15,10 +15,7 @@ from .sources import WRAPPERS, GPT2Source, StoredTensor, by_plain_name, told_as_
 
 # OpenAI's sizes on the hub.
 OFFICIAL = {
-    "124M": "openai-community/gpt2",
-    "355M": "openai-community/gpt2-medium",
-    "774M": "openai-community/gpt2-large",
-    "1558M": "openai-community/gpt2-xl",
+    size: f"openai-community/{PRESET_ALIASES[size]}" for size in ("124M", "355M", "774M", "1558M")
 }
 _FILES = ["*.json", "*.txt", "*.tiktoken"]
 
@@ -29,11 +26,7 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     if not folder.is_dir():
         folder = _download(OFFICIAL.get(source, source))
     config = _config(folder)
-    stored: list[StoredTensor] = []
-    for file in weight_files(folder):
-        is_pickle = file.suffix != ".safetensors"
-        stored += Pickle(str(file)).tensors() if is_pickle else safetensors(file)
-    named = by_plain_name(stored, (*WRAPPERS, "transformer."))
+    named = by_plain_name(stored_tensors(folder), (*WRAPPERS, "transformer."))
     opened = GPT2Source("transformers GPT-2", source, config, *named, inputs_first=True)
     if config.tie_word_embeddings:
         opened.untie_or_drop_head()
@@ -70,32 +63,38 @@ def _download(hub_id: str) -> Path:
     return folder
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The folder's weight files, safetensors before pickles."""
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """The tensors of the folder's weight files, of which safetensors come before pickles."""
+    files = _weight_files(folder)
+    if files[0].suffix == ".safetensors":
+        return [tensor for file in files for tensor in _safetensors(file)]
+    return [tensor for file in files for tensor in Pickle(str(file)).tensors()]
+
+
+def _weight_files(folder: Path) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
             with told_as_error(index):
-                shards = set(read_json(read_text(index), str(index))["weight_map"].values())
+                shards = sorted(set(read_json(read_text(index), str(index))["weight_map"].values()))
                 for shard in shards:
                     if Path(shard).name != shard or not (folder / shard).is_file():
                         raise ValueError(f"{index} lists {shard}, which is missing beside it")
-            return [folder / shard for shard in sorted(shards)]
+                return [folder / shard for shard in shards]
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
-def safetensors(path: Path) -> list[StoredTensor]:
-    """The tensors of the safetensors file `path`; the library maps them, and reads none yet."""
+def _safetensors(path: Path) -> list[StoredTensor]:
+    # The library maps them, and reads none yet.
     stored = []
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # it is not a mapping
                 tensor, read = file.get_tensor(name), partial(_read, path, name)
-                stored.append(
-                    StoredTensor(name, str(path), tuple(tensor.shape), tensor.dtype, read)
-                )
+                shape = tuple(tensor.shape)
+                stored.append(StoredTensor(name, str(path), shape, tensor.dtype, read))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from None
     return stored

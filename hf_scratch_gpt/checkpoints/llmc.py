@@ -7,6 +7,7 @@ struct ParameterTensors of train_gpt2.c, those of one kind for all layers togeth
 from functools import partial
 from math import prod
 from pathlib import Path
+from struct import unpack_from
 
 import torch
 
@@ -31,13 +32,13 @@ def read_llmc(source: str) -> GPT2Source:
     path = Path(source)
     with path.open("rb") as file:
         header = file.read(_HEADER)
-    if len(header) < _HEADER or int.from_bytes(header[:4], "little") != MAGIC:
+    if len(header) < _HEADER or not is_llmc(source):
         raise ValueError(f"{source} does not begin like a checkpoint of llm.c")
-    numbers = torch.frombuffer(bytearray(header), dtype=torch.int32).tolist()
-    version, positions, vocabulary, layers, heads, width, padded = numbers[1:8]
+    version, positions, vocabulary, layers, heads, width, padded = unpack_from("<7i", header, 4)
     if version not in _DTYPES:
         raise ValueError(f"{source} has version {version}; versions 3 and 5 can be read")
-    if layers * width > path.stat().st_size:  # a billion layers would take long to describe
+    size = path.stat().st_size
+    if layers * width > size:  # a billion layers would take long to describe
         raise ValueError(f"{source} is too short for {layers} layers of width {width}")
     if not 0 < vocabulary <= padded:
         raise ValueError(f"{source} says that {vocabulary} of {padded} rows are tokens")
@@ -45,27 +46,18 @@ def read_llmc(source: str) -> GPT2Source:
         config = ScratchGPTConfig(
             n_vocab=padded, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions
         )
-    tensors, end = _tensors(source, config, _DTYPES[version])
-    size = path.stat().st_size
-    if size != end:
-        raise ValueError(f"{source} has {size} bytes, and the sizes in its header take {end}")
-    opened = GPT2Source(f"llm.c, version {version}", source, config, tensors)
-    if vocabulary != padded:
-        opened.trim_vocabulary(vocabulary)
-    return opened
-
-
-def _tensors(
-    source: str, config: ScratchGPTConfig, dtype: torch.dtype
-) -> tuple[dict[str, StoredTensor], int]:
-    """Where each tensor lies, by transformers' names, and where the last ends."""
     tensors, end = {}, _HEADER
-    shapes = shapes_of(config)
-    for rule in rules_of(config.num_hidden_layers):
+    shapes, dtype = shapes_of(config), _DTYPES[version]
+    for rule in rules_of(layers):
         if rule.ours[0] in shapes:  # all but the head
             outputs, *inputs = shapes[rule.ours[0]]
             shape = (outputs * len(rule.ours), *inputs)
             read = partial(map_tensor, source, end, shape, dtype)
             tensors[rule.gpt2] = StoredTensor(rule.gpt2, source, shape, dtype, read)
             end += prod(shape) * dtype.itemsize
-    return tensors, end
+    if size != end:
+        raise ValueError(f"{source} has {size} bytes, and the sizes in its header take {end}")
+    opened = GPT2Source(f"llm.c, version {version}", source, config, tensors)
+    if vocabulary != padded:
+        opened.trim_vocabulary(vocabulary)
+    return opened

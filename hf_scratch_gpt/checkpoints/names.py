@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
-# Buffers of older models: transformers' and nanoGPT's, the textbook's.
-_MASK = re.compile(r".*\.(attn\.bias|attn\.masked_bias|att\.mask)")
+# Causal masks, buffers of older models: transformers' and nanoGPT's, the textbook's.
+CAUSAL_MASK = re.compile(r".*\.(attn\.bias|attn\.masked_bias|att\.mask)")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,6 @@ class Rule:
     ours: tuple[str, ...]
     textbook: tuple[str, ...]
     is_matrix: bool = False
-
-    @property
-    def in_block(self) -> bool:
-        """Whether every layer has such a tensor."""
-        return "{}" in self.gpt2
 
 
 def _norm(gpt2: str, ours: str, textbook: str) -> list[Rule]:
@@ -77,21 +72,16 @@ TABLE: list[Rule] = [
 def rules_of(num_layers: int) -> Iterator[Rule]:
     """The rules of a language model, written out for each layer; that of its head is the last."""
     for rule in TABLE:
-        for layer in range(num_layers if rule.in_block else 1):
+        for layer in range(num_layers if "{}" in rule.gpt2 else 1):
             ours = tuple(f"model.{name.format(layer)}" for name in rule.ours)
             textbook = tuple(name.format(layer) for name in rule.textbook)
             yield Rule(rule.gpt2.format(layer), ours, textbook, rule.is_matrix)
     yield Rule("lm_head.weight", ("lm_head.weight",), ("out_head.weight",))
 
 
-def is_causal_mask(name: str) -> bool:
-    """Whether the tensor `name` of a source is a causal mask, which no model here stores."""
-    return _MASK.fullmatch(name) is not None
-
-
 def _loading_rules(rule: Rule) -> WeightRenaming | WeightConverter:
     """`rule` as transformers applies it while loading, after `h.` has become `layers.`."""
-    if not rule.in_block:
+    if "{}" not in rule.gpt2:
         return WeightRenaming(rf"^(?:transformer\.)?{rule.gpt2}", rule.ours[0])
     source = rule.gpt2.removeprefix("h.{}.")
     targets = [name.removeprefix("layers.{}.") for name in rule.ours]

@@ -5,14 +5,13 @@ one variable a weight, `model/h0/attn/c_attn/w` and so on (github.com/openai/gpt
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import END_OF_TEXT, read_json, read_text
 from .names import rules_of
-from .sources import TOKENS, GPT2Source, StoredTensor, told_as_error
+from .sources import TOKENS, GPT2Source, told_as_error
 from .tensor_bundle import read_bundle
 
 _SIZES = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"}
@@ -32,7 +31,9 @@ def read_openai_release(source: str) -> GPT2Source:
     tensors = {}
     for rule in rules_of(min(config.num_hidden_layers, len(stored))):
         if (tensor := stored.pop(_openai_name(rule.gpt2), None)) is not None:
-            tensors[rule.gpt2] = _as_matrix(tensor) if rule.is_matrix else tensor
+            if rule.is_matrix and tensor.shape[:1] == (1,):  # a convolution of width 1
+                tensor = tensor.made(lambda kernel: kernel[0], tensor.shape[1:])
+            tensors[rule.gpt2] = tensor
     opened = GPT2Source("OpenAI release", source, config, tensors | stored, inputs_first=True)
     opened.adopt(tokenizer)
     return opened
@@ -45,19 +46,10 @@ def _config(path: Path, tokenizer: ScratchGPTTokenizer) -> ScratchGPTConfig:
         if hparams.keys() != _SIZES or not all(type(size) is int for size in hparams.values()):
             raise ValueError(f"{path} should give whole numbers for {', '.join(sorted(_SIZES))}")
         if len(tokenizer) != hparams["n_vocab"]:
-            raise ValueError(
-                f"{path.with_name('encoder.json')} has {len(tokenizer)} tokens, and {path} says "
-                f"n_vocab {hparams['n_vocab']}"
-            )
+            theirs = f"{path.with_name('encoder.json')} has {len(tokenizer)} tokens"
+            raise ValueError(f"{theirs}, and {path} says n_vocab {hparams['n_vocab']}")
         tokens = dict.fromkeys(TOKENS, tokenizer.get_vocab()[END_OF_TEXT])
         return ScratchGPTConfig(**hparams, **tokens)
-
-
-def _as_matrix(stored: StoredTensor) -> StoredTensor:
-    """(inputs, outputs) of a matrix that is stored as a convolution of width 1."""
-    if stored.shape[:1] != (1,):
-        return stored
-    return replace(stored, shape=stored.shape[1:], read=lambda: stored.read().squeeze(0))
 
 
 def _openai_name(gpt2: str) -> str:
@@ -72,8 +64,6 @@ def _checkpoint_name(path: Path) -> str:
     """The checkpoint that the text file `path` names; always a file beside it."""
     match = re.search(r'^model_checkpoint_path: "([^"/\\]+)"$', read_text(path), re.MULTILINE)
     if match is None or match[1] in (".", ".."):
-        raise ValueError(
-            f"{path} names no checkpoint beside it; its first line should be "
-            'model_checkpoint_path: "model.ckpt"'
-        )
+        line = 'model_checkpoint_path: "model.ckpt"'
+        raise ValueError(f"{path} names no checkpoint beside it; its first line should be {line}")
     return match[1]

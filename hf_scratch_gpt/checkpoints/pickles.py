@@ -27,7 +27,7 @@ class Pickle:
         self.path = path
         self._is_archive = zipfile.is_zipfile(path)
         if self._is_archive:
-            _check_archive(path, checksums=False)
+            _check_archive(path)
         self._touched = 0
         self.content = self._load()
 
@@ -39,25 +39,19 @@ class Pickle:
             raise
         except Exception as error:  # torch raises whatever its readers meet
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{self.path} is not a file of tensors that torch can read without running code "
-                f"in it ({reason})"
-            ) from None
+            what = f"{self.path} is not a file of tensors that torch can read without running code"
+            raise ValueError(f"{what} in it ({reason})") from None
 
     def tensors(self, key: str | None = None) -> list[StoredTensor]:
         """The tensors of the state dict that the file holds, or holds as its entry `key`."""
-        if self._is_archive:
-            _check_archive(self.path, checksums=True)
         state = self.content if key is None else self.content[key]
         if not isinstance(state, dict):
             raise ValueError(f"{self.path} holds no state dict")
         stored = []
         for name, tensor in state.items():
-            where = f"{self.path}: {name}"
+            where, kind = f"{self.path}: {name}", type(tensor).__name__
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise ValueError(
-                    f"{where} is a {type(tensor).__name__}; a state dict has tensors by name"
-                )
+                raise ValueError(f"{where} is a {kind}; a state dict has tensors by name")
             if tensor.layout != torch.strided or tensor.is_quantized:
                 raise ValueError(f"{where} holds {tensor.dtype}, {tensor.layout}; it must be dense")
             if tensor.is_meta:
@@ -75,15 +69,14 @@ class Pickle:
         return state[name].detach()  # it may be a parameter
 
 
-def _check_archive(path: str, checksums: bool) -> None:
+def _check_archive(path: str) -> None:
     """Raise a ValueError if the archive `path` is not one of torch.save, or is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(f"{path}: {member.filename} is compressed; torch.save stores")
-            damaged = archive.testzip() if checksums else None
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
     except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
-    if damaged is not None:
-        raise ValueError(f"{path}: {damaged} does not match its checksum: it is damaged")

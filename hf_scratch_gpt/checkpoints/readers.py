@@ -11,11 +11,10 @@ from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .digests import unchecked_files
 from .hf_gpt2 import read_hf_gpt2
 from .llmc import is_llmc, read_llmc
-from .nanogpt import read_nanogpt
 from .openai_release import read_openai_release
 from .pickles import Pickle
 from .sources import GPT2Source
-from .textbook import read_textbook
+from .state_dicts import read_nanogpt, read_textbook
 
 FORMATS: dict[str, Callable[..., GPT2Source]] = {
     "openai": read_openai_release,
@@ -65,8 +64,6 @@ def open_source(
     if tokenizer is not None:
         opened.adopt(ScratchGPTTokenizer.from_pretrained(tokenizer))
     if opened.tokenizer is not None and len(opened.tokenizer) > opened.config.vocab_size:
-        raise ValueError(
-            f"the vocabulary has {len(opened.tokenizer)} tokens, and the model of {source} "
-            f"{opened.config.vocab_size}; pass the tokenizer that it was trained with"
-        )
+        theirs = f"the vocabulary has {len(opened.tokenizer)} tokens, and the model of {source}"
+        raise ValueError(f"{theirs} {opened.config.vocab_size}; pass the tokenizer of its training")
     return opened

@@ -10,8 +10,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ..files import without_progress_bars
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.vocabulary_scratch_gpt import read_json, read_text
-from .assemble import shapes_of
-from .hf_gpt2 import safetensors, weight_files
+from .assemble import raise_if_any, shapes_of
+from .hf_gpt2 import stored_tensors
 from .sources import TOKENS, StoredTensor, told_as_error
 
 
@@ -23,28 +23,21 @@ def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing; name the folder of a saved model")
-    fields = read_json(read_text(path), str(path))
-    kind, ours = fields.get("model_type"), ScratchGPTConfig.model_type
+    kind, ours = read_json(read_text(path), str(path)).get("model_type"), "scratch_gpt"
     if kind != ours:
         raise ValueError(f"{path} is of a model of type {kind!r}; name the folder of a {ours}")
     with told_as_error(path):
         config = ScratchGPTConfig.from_pretrained(folder)
         shapes = shapes_of(config)
     stored: dict[str, StoredTensor] = {}
-    for file in weight_files(folder):
-        if file.suffix != ".safetensors":
-            raise ValueError(
-                f"{file} is not a safetensors file; save the model with save_pretrained"
-            )
-        for tensor in safetensors(file):
-            in_base_model = not tensor.name.startswith(("model.", "lm_head."))
-            stored[f"model.{tensor.name}" if in_base_model else tensor.name] = tensor
+    for tensor in stored_tensors(folder):
+        in_base_model = not tensor.name.startswith(("model.", "lm_head."))
+        stored[f"model.{tensor.name}" if in_base_model else tensor.name] = tensor
+    raise_if_any(shapes.keys() - stored.keys(), f"{folder} lacks the tensors")
+    left = [stored[name].name for name in stored.keys() - shapes.keys()]
+    raise_if_any(left, f"config.json of {folder} has no place for")
     for name, shape in shapes.items():
-        if name not in stored:
-            raise ValueError(f"{folder} lacks the tensor {name}, which config.json asks for")
         stored[name].check(shape)
-    for name in stored.keys() - shapes.keys():
-        raise ValueError(f"{stored[name].where} has no place in the model of config.json")
     return config, stored
 
 

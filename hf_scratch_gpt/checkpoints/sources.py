@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
-from .names import is_causal_mask
+from .names import CAUSAL_MASK
 
 # What torch.compile and DistributedDataParallel put before the names of what they wrap.
 WRAPPERS = ("_orig_mod.", "module.")
@@ -37,14 +37,16 @@ class StoredTensor:
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
 
+    def made(
+        self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]
+    ) -> "StoredTensor":
+        """The tensor of `shape` that `change` makes of this one."""
+        return replace(self, shape=shape, read=lambda: change(self.read()))
+
     @property
     def where(self) -> str:
         """File and name, for messages."""
         return f"{self.file}: {self.name}"
-
-    def first_rows(self, size: int) -> "StoredTensor":
-        """The first `size` of its rows."""
-        return replace(self, shape=(size, *self.shape[1:]), read=lambda: self.read()[:size])
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless it has the `shape` and the data type of a weight."""
@@ -110,12 +112,27 @@ class GPT2Source:
                 continue
             if len(whole.shape) != 2 or whole.shape[0] < size:
                 raise ValueError(f"{whole.where} has shape {list(whole.shape)}, below {size} rows")
-            self.tensors[name] = whole.first_rows(size)
-            rows = whole.shape[0] - size
+            shape, rows = (size, whole.shape[1]), whole.shape[0] - size
+            self.tensors[name] = whole.made(lambda tensor: tensor[:size], shape)
             self.dropped[f"{whole.name}, last {rows} rows"] = "padding of the vocabulary"
         self.config.vocab_size = size
         for token in TOKENS:
             setattr(self.config, token, size - 1)
+
+
+def joined(parts: list[StoredTensor]) -> StoredTensor:
+    """One tensor of equal `parts` along the outputs."""
+    first, *others = parts
+    if not others:
+        return first
+    for part in others:
+        part.check(first.shape)
+    return replace(
+        first,
+        name=" and ".join(part.name for part in parts),
+        shape=(sum(part.shape[0] for part in parts if part.shape), *first.shape[1:]),
+        read=lambda: torch.cat([part.read() for part in parts]),
+    )
 
 
 @contextmanager
@@ -160,7 +177,7 @@ def by_plain_name(
         name = tensor.name
         while prefix := next(filter(name.startswith, prefixes), ""):
             name = name.removeprefix(prefix)
-        if is_causal_mask(name):
+        if CAUSAL_MASK.fullmatch(name):
             dropped[tensor.name] = "a causal mask, made anew for each text"
             continue
         if name in named:

@@ -38,27 +38,23 @@ def read_bundle(prefix: Path) -> list[StoredTensor]:
         values = dict(read_table(data))
         header = _fields(values.pop(b""))
         num_shards, is_big_endian = _number(header, 1, default=1), _number(header, 2)
-        entries = {
-            name.decode(errors="backslashreplace"): _entry(value) for name, value in values.items()
-        }
+        entries = {name: _entry(value) for name, value in values.items()}
     except (LookupError, TypeError):  # past an end, or of another type
         raise ValueError(
-            f"{path} is damaged: it does not follow the format of a TensorFlow V2 checkpoint "
-            "index; fetch it again"
+            f"{path} is damaged: it does not follow the format of an index; fetch it again"
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
     if is_big_endian:
         raise ValueError(f"{path} is big-endian; only little-endian checkpoints can be read")
     tensors = []
-    for name, (shape, kind, shard, *rest) in entries.items():
+    for key, (shape, kind, shard, *place) in entries.items():
+        name = key.decode(errors="backslashreplace")
         if kind not in _DTYPES:
-            raise ValueError(
-                f"{path}: {name} has TensorFlow's data type {kind}; weights are floating-point, "
-                f"{', '.join(map(str, _DTYPES))}"
-            )
+            allowed = f"weights have one of {sorted(_DTYPES)}"
+            raise ValueError(f"{path}: {name} has TensorFlow's data type {kind}; {allowed}")
         file = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{num_shards:05d}")
-        read = partial(_read, f"{file}: {name}", file, shape, _DTYPES[kind], *rest)
+        read = partial(_read, f"{file}: {name}", file, shape, _DTYPES[kind], *place)
         tensors.append(StoredTensor(name, str(file), shape, _DTYPES[kind], read))
     return tensors
 
@@ -72,11 +68,9 @@ def _read(
         raise ValueError(f"{where} lies in a file that is missing")
     if size != dtype.itemsize * prod(shape):
         raise ValueError(f"{where} has {size} bytes, which are not those of shape {list(shape)}")
-    if offset + size > file.stat().st_size:
-        raise ValueError(
-            f"{where} ends at byte {offset + size}, past the file's {file.stat().st_size}: the "
-            "file is cut short; fetch it again"
-        )
+    if (end := offset + size) > (length := file.stat().st_size):
+        message = f"{where} ends at byte {end}, past the file's {length}: the file is cut short"
+        raise ValueError(f"{message}; fetch it again")
     tensor = map_tensor(file, offset, shape, dtype)
     if _masked_crc(tensor.reshape(-1).view(torch.uint8).numpy().data) != checksum:
         raise ValueError(f"{where} does not match its checksum: it is damaged; fetch it again")
@@ -85,18 +79,12 @@ def _read(
 
 def _index_bytes(path: Path) -> bytes:
     """The content of the index `path`."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    size = path.stat().st_size
-    if size > _LARGEST_INDEX:
-        raise ValueError(
-            f"{path} has {size} bytes; the index of a GPT-2 is smaller than {_LARGEST_INDEX}"
-        )
+    if (size := path.stat().st_size) > _LARGEST_INDEX:
+        limit = f"the index of a GPT-2 is smaller than {_LARGEST_INDEX}"
+        raise ValueError(f"{path} has {size} bytes; {limit}")
     data = path.read_bytes()
     if size < _FOOTER_SIZE or int.from_bytes(data[-8:], "little") != _MAGIC:
-        raise ValueError(
-            f"{path} does not end like a TensorFlow V2 checkpoint index; is it the right file?"
-        )
+        raise ValueError(f"{path} does not end like the index of a TensorFlow V2 checkpoint")
     return data
 
 
@@ -140,12 +128,11 @@ def _block(data: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     """The number at `position`, seven bits a byte, and the position after it."""
     number = 0
-    for shift in range(0, 70, 7):
-        byte = data[position]
-        position += 1
-        number |= (byte & 0x7F) << shift
+    for count in range(10):
+        byte = data[position + count]
+        number |= (byte & 0x7F) << 7 * count
         if byte < 0x80:
-            return number, position
+            return number, position + count + 1
     raise IndexError
 
 
@@ -155,19 +142,17 @@ def _fields(message: Any) -> dict[int, list[Any]]:
     position = 0
     while position < len(message):
         key, position = _varint(message, position)
-        wire_type, value = key & 7, 0
-        if wire_type == 0:
+        number, wire_type = divmod(key, 8)
+        if wire_type in (0, 2):  # a number, or how many bytes follow
             value, position = _varint(message, position)
-        else:
-            size = {1: 8, 5: 4}.get(wire_type, 0)
-            if wire_type == 2:
-                size, position = _varint(message, position)
+        if wire_type != 0:
+            start, size = position, value if wire_type == 2 else {1: 8, 5: 4}[wire_type]
             position += size
-            if (not size and wire_type != 2) or position > len(message):
+            if position > len(message):
                 raise IndexError
-            piece = message[position - size : position]
+            piece = message[start:position]
             value = piece if wire_type == 2 else int.from_bytes(piece, "little")
-        fields.setdefault(key >> 3, []).append(value)
+        fields.setdefault(number, []).append(value)
     return fields
 
 

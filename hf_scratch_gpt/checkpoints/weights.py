@@ -8,21 +8,22 @@ with the place of each tensor, the tensors.
 
 import json
 import os
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.utils import logging
 
-from .assemble import Piece, num_parameters
+from .assemble import Planned, num_parameters
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write_weights(
-    folder: Path, pieces: list[Piece], dtype: torch.dtype, max_shard_size: str = "50GB"
+    folder: Path, planned: Planned, dtype: torch.dtype, max_shard_size: str = "50GB"
 ) -> None:
-    """Read all tensors of `pieces` and write them to `folder`, cast to `dtype`.
+    """Read all tensors of `planned` and write them to `folder`, cast to `dtype`.
 
     Args:
         max_shard_size: largest size of one file, such as "5GB"; several get an index.
@@ -31,30 +32,26 @@ def write_weights(
         ValueError: `max_shard_size` is not a size, or a tensor holds NaN or infinity or does not
             fit `dtype`; names it.
     """
-    file_of, headers = _lay_out(folder, pieces, dtype, max_shard_size)
-    for file, header in headers.items():
-        (folder / file).write_bytes(header)
-    size = num_parameters(pieces) * dtype.itemsize
+    file_of = _write_headers(folder, planned, dtype, max_shard_size)
+    size = num_parameters(planned) * dtype.itemsize
     bar = logging.tqdm(total=size, unit="B", unit_scale=True, desc="Converting")
     with bar:
-        for piece in pieces:
-            for name, tensor in zip(piece.shapes, piece.read(), strict=True):
-                data = _bytes(tensor, dtype, piece.where)
-                with (folder / file_of[name]).open("ab") as shard:
-                    shard.write(data)
-                bar.update(len(data))
-    for file in headers:
+        for name, tensor in planned.items():
+            data = _bytes(tensor.read(), dtype, tensor.where)
+            with (folder / file_of[name]).open("ab") as shard:
+                shard.write(data)
+            bar.update(len(data))
+    for file in set(file_of.values()):
         _bring_to_disk(folder / file)
 
 
-def _lay_out(
-    folder: Path, pieces: list[Piece], dtype: torch.dtype, max_shard_size: str
-) -> tuple[dict[str, str], dict[str, bytes]]:
-    """The file of each tensor, and the header of each file; writes the index of several files."""
+def _write_headers(
+    folder: Path, planned: Planned, dtype: torch.dtype, max_shard_size: str
+) -> dict[str, str]:
+    """Begin each file, and write the index of several; the file of each tensor."""
     tensors = {
-        name: torch.empty(shape, dtype=dtype, device="meta")
-        for piece in pieces
-        for name, shape in piece.shapes.items()
+        name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+        for name, tensor in planned.items()
     }
     try:
         split = split_torch_state_dict_into_shards(
@@ -63,22 +60,20 @@ def _lay_out(
     except ValueError:
         raise ValueError(f"{max_shard_size!r} is not a size of a file; try 5GB") from None
     if split.is_sharded:
-        metadata = {"total_parameters": num_parameters(pieces), **split.metadata}
+        metadata = {"total_parameters": num_parameters(planned), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    headers = {}
     for file, names in split.filename_to_tensors.items():
         fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            start, end = end, end + tensors[name].nbytes
-            shape = list(tensors[name].shape)
-            fields[name] = dict(dtype=_NAMES[dtype], shape=shape, data_offsets=[start, end])
+        ends = accumulate((tensors[name].nbytes for name in names), initial=0)
+        for name, place in zip(names, pairwise(ends), strict=True):
+            shape = planned[name].shape
+            fields[name] = dict(dtype=_NAMES[dtype], shape=shape, data_offsets=place)
         text = json.dumps(fields, separators=(",", ":"))
         text += " " * (-len(text) % 8)
-        headers[file] = len(text).to_bytes(8, "little") + text.encode()
-    return split.tensor_to_filename, headers
+        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text.encode())
+    return split.tensor_to_filename
 
 
 def _bytes(stored: torch.Tensor, dtype: torch.dtype, where: str) -> memoryview:

@@ -129,7 +129,7 @@ class RunsCode:
         return os.system, ("touch /tmp/this-must-not-exist",)
 
 
-def write_source(kind, folder, change):
+def write_source(kind, folder, change=lambda state, name: None):
     """A source of `kind` whose state dict `change` has spoilt; the arguments that convert it."""
     if kind == "openai":
         tiny = FIXTURES / "openai-tiny"
@@ -148,14 +148,6 @@ def write_source(kind, folder, change):
     change(content.get("model", content), name)
     torch.save(content, path)
     return [str(folder)] if kind == "nanogpt" else [str(path), "--num-heads", "2"]
-
-
-def nothing(state, name):
-    pass
-
-
-def remove(state, name):
-    del state[name]
 
 
 def add(state, name):
@@ -211,8 +203,9 @@ def write_hf(folder, layout, change=lambda tensors: None):
         (folder / f"{stem}.{suffix}.index.json").write_text(text)
     for file, members in shards.items():
         part = {name: tensors[name] for name in members}
-        if suffix == "bin":
-            torch.save(part, folder / file)
+        if suffix == "bin":  # an archive since PyTorch 1.6
+            is_archive = not layout.startswith("old")
+            torch.save(part, folder / file, _use_new_zipfile_serialization=is_archive)
         else:
             save_file(part, folder / file, metadata={"format": "pt"})
 

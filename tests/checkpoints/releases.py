@@ -5,12 +5,14 @@ A TensorFlow V2 checkpoint is data shards of raw tensors and an index of protoco
 """
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
 
 import google_crc32c
 import torch
+from transformers import GPT2LMHeadModel
 
 from hf_scratch_gpt.checkpoints.tensor_bundle import read_bundle
 
@@ -83,32 +85,20 @@ def change_release(release: Path, folder: Path, change=lambda tensors: None, num
     write_checkpoint(folder / "model.ckpt", tensors, num_shards)
 
 
-def write_release(
-    folder: Path, vocabulary: Path, sizes: dict[str, int], seed: int = 0, num_shards: int = 1
-) -> None:
-    """A release of random weights with the tokens of the release `vocabulary`."""
+def write_release(folder: Path, vocabulary: Path, model: GPT2LMHeadModel) -> None:
+    """A release of the weights of `model`, with the tokens of the release `vocabulary`."""
     folder.mkdir(parents=True)
-    for name in ("encoder.json", "vocab.bpe"):
+    for name in ("encoder.json", "vocab.bpe", "checkpoint"):
         shutil.copy(vocabulary / name, folder / name)
+    config = model.config
+    sizes = {name: getattr(config, name) for name in ("n_embd", "n_head", "n_layer")}
+    sizes |= dict(n_vocab=config.vocab_size, n_ctx=config.n_positions)
     (folder / "hparams.json").write_text(json.dumps(sizes))
-    (folder / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n')
-    generator = torch.Generator().manual_seed(seed)
-    width = sizes["n_embd"]
-    shapes = {"wte": (sizes["n_vocab"], width), "wpe": (sizes["n_ctx"], width)}
-    shapes |= {"ln_f/g": (width,), "ln_f/b": (width,)}
-    for layer in range(sizes["n_layer"]):
-        for norm in ("ln_1", "ln_2"):
-            shapes |= {f"h{layer}/{norm}/{leaf}": (width,) for leaf in "gb"}
-        for linear, inputs, outputs in (
-            ("attn/c_attn", width, 3 * width),
-            ("attn/c_proj", width, width),
-            ("mlp/c_fc", width, 4 * width),
-            ("mlp/c_proj", 4 * width, width),
-        ):
-            shapes[f"h{layer}/{linear}/w"] = (1, inputs, outputs)
-            shapes[f"h{layer}/{linear}/b"] = (outputs,)
-    weights = {
-        f"model/{name}": name.endswith("/g") + torch.randn(shape, generator=generator) * 0.02
-        for name, shape in shapes.items()
-    }
-    write_checkpoint(folder / "model.ckpt", weights, num_shards)
+    weights = {}
+    for name, tensor in model.transformer.state_dict().items():
+        name = re.sub(r"^h\.", "h", name).replace(".", "/")
+        name = re.sub(r"(ln_\w+)/weight", r"\1/g", name).replace("/bias", "/b")
+        if name.endswith(("c_attn/weight", "c_proj/weight", "c_fc/weight")):
+            name, tensor = name.removesuffix("eight"), tensor[None]
+        weights["model/" + name.removesuffix("/weight")] = tensor
+    write_checkpoint(folder / "model.ckpt", weights)

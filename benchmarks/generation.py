@@ -10,9 +10,8 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
-from .limits import matrix_peak, read_bandwidth
 from .peers import DTYPES, OURS, load, optimize_for_generation, writers
-from .timing import in_turns, rates, seconds_of
+from .timing import in_turns, matrix_peak, rates, read_bandwidth, seconds_of
 
 PROMPT, WRITTEN = 32, 64
 LONG, TEXTS, WRITTEN_BY_EACH = 1024, 32, 8

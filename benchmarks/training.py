@@ -9,9 +9,8 @@ from typing import Any
 from hf_scratch_gpt import ScratchGPTConfig
 from hf_scratch_gpt.engine.half import is_slow
 
-from .limits import matrix_peak
 from .peers import DTYPES, in_our_format
-from .timing import rates
+from .timing import matrix_peak, rates
 
 BATCH, LENGTH, STEPS = 2, 1024, 4
 SHORT, SHORT_STEPS = 64, 50

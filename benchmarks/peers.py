@@ -250,7 +250,12 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     writer.add_token_types([1] * config.vocab_size)
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(config.vocab_size - 1)
-    names = {"wte": "token_embd", "lm_head": "output", "wpe": "position_embd", "ln_f": "output_norm"}
+    names = {
+        "wte": "token_embd",
+        "lm_head": "output",
+        "wpe": "position_embd",
+        "ln_f": "output_norm",
+    }
     for i in range(config.n_layer):
         names |= {f"h.{i}.{name}": f"blk.{i}.{ggufs}" for name, ggufs in GGUF_NAMES.items()}
     for name, tensor in model.state_dict().items():

@@ -32,8 +32,6 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 lines.append(f"  {key}: " + ", ".join(f"{n} {v:.4g}" for n, v in more.items()))
             elif isinstance(more, list) and more:
                 lines.append(f"  {key}: " + ", ".join(more))
-            elif isinstance(more, float):
-                lines.append(f"  {key}: {more:.4g}")
     return "\n".join(lines)
 
 

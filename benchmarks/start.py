@@ -1,9 +1,6 @@
-"""What comes before the first token: imports, loading, conversion, tokenization."""
+"""What comes before the first token: loading, conversion, tokenization."""
 
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -20,27 +17,6 @@ from .peers import in_our_format
 from .timing import in_turns, rates
 
 TINY = Path(__file__).parent.parent / "tests" / "fixtures" / "openai-tiny"
-_IMPORTS = """
-import time
-from transformers import GPT2LMHeadModel, GPT2TokenizerFast, Trainer
-start = time.perf_counter()
-import hf_scratch_gpt
-print(time.perf_counter() - start)
-"""
-
-
-def imports(rounds: int) -> dict[str, Any]:
-    """Milliseconds that importing the package adds to importing transformers' classes."""
-    # Both from bytecode, as installed packages are; an editable one writes it when first imported.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-
-    def run() -> float:
-        command = [sys.executable, "-c", _IMPORTS]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        return float(done.stdout.split()[-1])
-
-    run()
-    return {"added, ms": 1000 * statistics.median(run() for _ in range(rounds))}
 
 
 def loading(folder: Path, rounds: int) -> dict[str, Any]:

@@ -1,18 +1,16 @@
 """Writing and reading: one text, a long prompt, 32 texts at once."""
 
-import math
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
-from .limits import matrix_peak, read_bandwidth
 from .peers import DTYPES, OURS, load, optimize_for_generation, writers
-from .timing import in_turns, rates, seconds_of
+from .timing import in_turns, matrix_peak, rates, read_bandwidth, seconds_of
 
 PROMPT, WRITTEN = 32, 64
 LONG, TEXTS, WRITTEN_BY_EACH = 1024, 32, 8
@@ -21,11 +19,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02, "int8": 0.02}
 
 
 def weight_bytes(folder: Path, weights: str) -> int:
-    """Bytes of all matrices, which one token reads; the positions and biases are left out.
-
-    Ours reads less of them where only the best token is asked for, unless all are in int8, so it
-    may be ahead of the limit.
-    """
+    """Bytes of all matrices, which one token reads; greedy search of ours reads less."""
     with torch.device("meta"):
         model = ScratchGPTForCausalLM(ScratchGPTConfig.from_preset(folder.name))
     size = {"float32": 4, "bfloat16": 2, "int8": 1}[weights]
@@ -118,42 +112,3 @@ def batch(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
             ways[name] = lambda write=write: write(ids, WRITTEN_BY_EACH)
     seconds = in_turns(ways, rounds, device)
     return {"unit": "tokens/s", "rates": rates(TEXTS * WRITTEN_BY_EACH, seconds)}
-
-
-class Forced(LogitsProcessor):
-    """Has `generate` write `text` (T,), and keeps the logarithm of each token's probability."""
-
-    def __init__(self, text: torch.Tensor) -> None:
-        self.text = text
-        self.found: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token = self.text[input_ids.shape[1]]
-        self.found.append(float(scores.log_softmax(-1)[0, token]))
-        return torch.full_like(scores, -torch.inf).index_fill(1, token, 0)
-
-
-@torch.no_grad()
-def perplexity(folder: Path, device: str) -> dict[str, Any]:
-    """Of a text that the model has written by chance, for each form of its weights."""
-    _, ours = load(folder, "float32", device)
-    torch.manual_seed(0)
-    start = torch.tensor([[1]], device=device)
-    text = ours.generate(start, max_new_tokens=500, do_sample=True, top_k=0, pad_token_id=0)
-    exact = math.exp(ours(text, labels=text).loss)
-    values = {"float32": exact}
-    half = load(folder, "bfloat16", device)[1]
-    values["bfloat16"] = math.exp(half(text, labels=text).loss)
-    # By what writes tokens one at a time, which is not what reads a prompt.
-    small = optimize_for_generation(ours, weights="int8")
-    forced = Forced(text[0])
-    small.generate(
-        text[:, :1],
-        attention_mask=torch.ones(1, 1),
-        max_new_tokens=text.shape[1] - 1,
-        do_sample=False,
-        logits_processor=[forced],
-        pad_token_id=0,
-    )
-    values["int8"] = math.exp(-sum(forced.found) / len(forced.found))
-    return {"perplexity": values, "ratio": {name: value / exact for name, value in values.items()}}

@@ -220,12 +220,23 @@ def _start_llama_cpp(path: str, threads: int, flash_attn: bool) -> None:
     _write = write
 
 
+# llama.cpp's names of a block's modules.
+GGUF_NAMES = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
 def write_gguf(folder: Path, path: Path, kind: str) -> None:
     """Write the GPT-2 in `folder` as llama.cpp reads it, matrices as `kind`."""
     import gguf
 
     model = GPT2LMHeadModel.from_pretrained(folder)
-    config, tensors = model.config, model.state_dict()
+    config, form = model.config, gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(config.n_layer)
     writer.add_context_length(config.n_positions)
@@ -239,30 +250,24 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     writer.add_token_types([1] * config.vocab_size)
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(config.vocab_size - 1)
-
-    def add(name: str, tensor: torch.Tensor, is_matrix: bool) -> None:
+    names = {
+        "wte": "token_embd",
+        "lm_head": "output",
+        "wpe": "position_embd",
+        "ln_f": "output_norm",
+    }
+    for i in range(config.n_layer):
+        names |= {f"h.{i}.{name}": f"blk.{i}.{ggufs}" for name, ggufs in GGUF_NAMES.items()}
+    for name, tensor in model.state_dict().items():
+        module, _, part = name.removeprefix("transformer.").rpartition(".")
+        is_matrix = tensor.ndim == 2 and module != "wpe"
+        tensor = tensor.T if is_matrix and module.startswith("h.") else tensor
         values = numpy.ascontiguousarray(tensor.float().numpy())
         if is_matrix and kind != "F32":
-            form = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, gguf.quants.quantize(values, form), raw_dtype=form)
+            values = gguf.quants.quantize(values, form)
+            writer.add_tensor(f"{names[module]}.{part}", values, raw_dtype=form)
         else:
-            writer.add_tensor(name, values)
-
-    tokens = tensors["transformer.wte.weight"]
-    add("token_embd.weight", tokens, True)
-    add("output.weight", tokens, True)
-    add("position_embd.weight", tensors["transformer.wpe.weight"], False)
-    for part in ("weight", "bias"):
-        add(f"output_norm.{part}", tensors[f"transformer.ln_f.{part}"], False)
-    names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
-    names |= {"ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-    for layer in range(config.n_layer):
-        for theirs, ggufs in names.items():
-            for part in ("weight", "bias"):
-                tensor = tensors[f"transformer.h.{layer}.{theirs}.{part}"]
-                is_matrix = tensor.ndim == 2
-                name = f"blk.{layer}.{ggufs}.{part}"
-                add(name, tensor.T if is_matrix else tensor, is_matrix)
+            writer.add_tensor(f"{names[module]}.{part}", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

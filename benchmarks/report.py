@@ -32,44 +32,29 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 lines.append(f"  {key}: " + ", ".join(f"{n} {v:.4g}" for n, v in more.items()))
             elif isinstance(more, list) and more:
                 lines.append(f"  {key}: " + ", ".join(more))
-            elif isinstance(more, float):
-                lines.append(f"  {key}: {more:.4g}")
     return "\n".join(lines)
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Bars of medians over the best peer's, one group for each measurement."""
-    import matplotlib
+    """Bars of medians over the best peer's, one group for each measurement that has a peer."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = {title: result for title, result in results.items() if "rates" in result}
-    shown = {
-        title: result
-        for title, result in shown.items()
-        if any(not name.startswith("ours") for name in result["rates"])
-    }
-    rows = sum(len(result["rates"]) + 1 for result in shown.values())
-    figure, axes = pyplot.subplots(figsize=(9, 0.28 * rows + 1), layout="constrained")
-    place, ticks, names = 0.0, [], []
-    for title, result in shown.items():
-        values = result["rates"]
+    bars: list[tuple[str, float, str]] = []
+    for title, result in results.items():
+        values = result.get("rates", {})
+        if all(name.startswith("ours") for name in values):
+            continue
         for name, value in values.items():
             ratio = value["median"] / best_peer(values)
-            is_ours = name.startswith("ours")
-            length = min(ratio, _LONGEST)
-            axes.barh(place, length, color="tab:orange" if is_ours else "tab:gray")
             text = f"{value['median']:,.4g} {result['unit']}, {ratio:.3g} times"
-            axes.text(length + 0.03, place, text, va="center", fontsize=7)
-            ticks.append(place)
-            names.append(f"{title}: {name}")
-            place += 1
-        place += 1
+            bars.append((f"{title}: {name}", min(ratio, _LONGEST), text))
+    figure = Figure(figsize=(9, 0.28 * len(bars) + 1), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"median over the fastest peer's; bars end at {_LONGEST:g}")
+    for place, (name, length, text) in enumerate(bars):
+        axes.barh(place, length, color="tab:orange" if ": ours" in name else "tab:gray")
+        axes.text(length + 0.03, place, text, va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8, zorder=0)
-    axes.set_yticks(ticks, names, fontsize=7)
+    axes.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.4, y=0.01)
-    axes.set_xlabel(f"median, in units of the fastest peer's; bars end at {_LONGEST:g}")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

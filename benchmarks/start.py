@@ -1,51 +1,66 @@
-"""How long it takes to begin: imports, and `from_pretrained`."""
+"""What comes before the first token: loading, conversion, tokenization."""
 
 import os
-import statistics
-import subprocess
-import sys
+import tempfile
+from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
+
+from transformers import GPT2LMHeadModel, GPT2TokenizerFast
+
+from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
+from hf_scratch_gpt.checkpoints.convert import convert
+from hf_scratch_gpt.checkpoints.readers import open_source
 
 from .peers import in_our_format
 from .timing import in_turns, rates
 
-_IMPORTS = """
-import time
-from transformers import GPT2LMHeadModel, GPT2TokenizerFast, Trainer
-start = time.perf_counter()
-import hf_scratch_gpt
-print(time.perf_counter() - start)
-"""
-
-
-def imports(rounds: int) -> dict[str, Any]:
-    """Milliseconds that importing the package adds to importing transformers' classes."""
-    # Both from bytecode, as installed packages are; an editable one writes it when first imported.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-
-    def run() -> float:
-        command = [sys.executable, "-c", _IMPORTS]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        return float(done.stdout.split()[-1])
-
-    run()
-    return {"added, ms": 1000 * statistics.median(run() for _ in range(rounds))}
+TINY = Path(__file__).parent.parent / "tests" / "fixtures" / "openai-tiny"
 
 
 def loading(folder: Path, rounds: int) -> dict[str, Any]:
     """Loads a second by `from_pretrained`, of a checkpoint of GPT-2's and of one of ours."""
-    from transformers import GPT2LMHeadModel
-
-    from hf_scratch_gpt import ScratchGPTForCausalLM
-
-    own = in_our_format(folder)
     ways = {
-        "GPT2LMHeadModel": lambda: GPT2LMHeadModel.from_pretrained(folder),
-        "ours": lambda: ScratchGPTForCausalLM.from_pretrained(own),
-        "ours, from GPT-2's": lambda: ScratchGPTForCausalLM.from_pretrained(folder),
+        "GPT2LMHeadModel": partial(GPT2LMHeadModel.from_pretrained, folder),
+        "ours": partial(ScratchGPTForCausalLM.from_pretrained, in_our_format(folder)),
+        "ours, from GPT-2's": partial(ScratchGPTForCausalLM.from_pretrained, folder),
     }
     for way in ways.values():
         way()
     # A load takes a twentieth of a second, so chance needs more of them.
     return {"unit": "loads/s", "rates": rates(1, in_turns(ways, 10 * rounds))}
+
+
+def conversion(folder: Path, rounds: int) -> dict[str, Any]:
+    """Conversions a second, compared with their source, beside loading and saving."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        theirs, ours = Path(place, "theirs"), Path(place, "ours")
+        ways = {
+            "GPT2LMHeadModel, load and save": lambda: GPT2LMHeadModel.from_pretrained(
+                folder
+            ).save_pretrained(theirs),
+            "ours": lambda: convert(open_source(str(folder)), ours),
+        }
+        return {"unit": "conversions/s", "rates": rates(1, in_turns(ways, rounds))}
+
+
+def tokenization(texts: int, rounds: int) -> dict[str, Any]:
+    """MB a second of Python's manual again and again, 10 MB of it, in equal `texts`.
+
+    The vocabulary is that of `GPT2_RELEASE_DIR`, or has 400 tokens. Ids are compared first.
+    """
+    folder = Path(os.environ.get("GPT2_RELEASE_DIR", TINY))
+    vocab, merges = str(folder / "encoder.json"), str(folder / "vocab.bpe")
+    ours = ScratchGPTTokenizer(vocab, merges)
+    fast = GPT2TokenizerFast(vocab=vocab, merges=merges)
+    manual, size = "\n".join(topics.values()) * 30, 10_000_000 // texts
+    batch = [manual[start : start + size] for start in range(0, texts * size, size)]
+    ways = {
+        "ours": lambda: ours(batch, verbose=False)["input_ids"],
+        "GPT2TokenizerFast": lambda: fast(batch, verbose=False)["input_ids"],
+        "tiktoken": lambda: [ours.tiktoken.encode_ordinary(text) for text in batch],
+    }
+    ids = [way() for way in ways.values()]
+    assert ids[0] == ids[1] == ids[2], "ids differ"
+    return {"unit": "MB/s", "rates": rates(texts * size / 1e6, in_turns(ways, rounds))}

@@ -1,10 +1,16 @@
-"""Clocks, and rounds in turns."""
+"""Clocks, rounds in turns, and what the machine can do at most, measured in the same run."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+
+from hf_scratch_gpt.engine.half import multiplied_as
+from hf_scratch_gpt.engine.products import WAYS, multiply_seconds
+
 _ENOUGH = 120  # seconds
+_BYTES = 2**29  # larger than any cache
 
 
 def seconds_of(work: Callable[[], object], device: str = "cpu") -> float:
@@ -19,15 +25,13 @@ def seconds_of(work: Callable[[], object], device: str = "cpu") -> float:
 def synchronize(device: str) -> None:
     """Wait until a GPU has done what it was given."""
     if device != "cpu":
-        import torch
-
         torch.accelerator.synchronize()
 
 
-def best_seconds(work: Callable[[], object], device: str = "cpu", rounds: int = 9) -> float:
+def best_seconds(work: Callable[[], object], device: str) -> float:
     """The shortest of several times, for limits."""
     work()
-    return min(seconds_of(work, device) for _ in range(rounds))
+    return min(seconds_of(work, device) for _ in range(9))
 
 
 def in_turns(
@@ -55,3 +59,23 @@ def rates(amount: float, seconds: Mapping[str, list[float]]) -> dict[str, dict[s
         }
         for name, times in seconds.items()
     }
+
+
+@torch.no_grad()
+def read_bandwidth(device: str) -> float:
+    """Bytes a second at which memory is read, by the fastest way known."""
+    layer = torch.nn.Linear(1024, _BYTES // 4 // 1024, bias=False, device=device)
+    seconds = [best_seconds(layer.weight.sum, device)]
+    if device == "cpu":
+        seconds += [multiply_seconds(layer, way) for way in WAYS for _ in range(9)]
+    return _BYTES / min(seconds)
+
+
+@torch.no_grad()
+def matrix_peak(dtype: torch.dtype, device: str) -> float:
+    """FLOP a second of GPT-2's feed-forward product, 1,024 tokens at once, in the fastest type."""
+    dtype = multiplied_as(dtype) if device == "cpu" else dtype
+    x = torch.randn(1024, 768, device=device, dtype=dtype)
+    weight = torch.randn(4 * 768, 768, device=device, dtype=dtype)
+    seconds = best_seconds(lambda: torch.nn.functional.linear(x, weight), device)
+    return 2 * 1024 * weight.numel() / seconds

@@ -108,8 +108,7 @@ def forward_flops_per_token(config: ScratchGPTConfig, length: int | None = None)
 
     A weight takes 2 FLOPs a token, the embeddings none (Kaplan et al. 2020, section 2.1 and table
     1). Scores and weighted sums take 2 * T * C each in a block: all T keys count for every token,
-    though causal attention needs half of them. Chowdhery et al. 2022, appendix B, count so, and
-    torch's `FlopCounterMode`, which has no formula for the attention kernel of CPUs.
+    though causal attention needs half of them (as in Chowdhery et al. 2022, appendix B).
 
     Args:
         length: T; the model's positions if not given.
@@ -123,28 +122,23 @@ def forward_flops_per_token(config: ScratchGPTConfig, length: int | None = None)
     return 2 * (config.num_hidden_layers * block + config.vocab_size * hidden)
 
 
-def training_flops_per_token(
-    config: ScratchGPTConfig, length: int | None = None, recomputes_scores: bool = False
-) -> int:
+def training_flops_per_token(config: ScratchGPTConfig, length: int | None = None) -> int:
     """FLOPs of the matrix products, forward and backward, for one token on average.
 
     Three times the forward pass: each product X W has a gradient with respect to X and one with
-    respect to W, of the same size (Kaplan et al. 2020, section 2.1).
+    respect to W, of the same size (Kaplan et al. 2020, section 2.1). Scores that a fused kernel
+    computes again do not count.
 
     Args:
         length: T, as in `forward_flops_per_token`.
-        recomputes_scores: count the scores once more, which fused attention kernels compute again
-            in the backward pass (Dao et al. 2022, section 3.1).
     """
-    scores = 2 * _checked_length(config, length) * config.hidden_size * config.num_hidden_layers
-    return 3 * forward_flops_per_token(config, length) + (scores if recomputes_scores else 0)
+    return 3 * forward_flops_per_token(config, length)
 
 
 def rule_of_thumb_flops_per_token(config: ScratchGPTConfig) -> int:
     """FLOPs of training for one token by the rule of thumb of published figures: 6 N.
 
-    N is all parameters, as in Brown et al. 2020, appendix D. Kaplan et al. 2020, section 2.1, who
-    found the rule, leave the embeddings out. Neither counts attention's scores.
+    N is all parameters, as in Brown et al. 2020, appendix D; attention's scores do not count.
     """
     return 6 * count_parameters(config).total
 
@@ -152,9 +146,7 @@ def rule_of_thumb_flops_per_token(config: ScratchGPTConfig) -> int:
 def training_seconds(flops_per_token: float, tokens: float, flops_per_second: float) -> float:
     """Seconds to train on `tokens` tokens by a device that sustains `flops_per_second`.
 
-    For GPT-3 on one device two durations are published, neither of them measured: 355 years on a
-    V100 are the 3.14e23 FLOPs of Brown et al. 2020, table D.1, at 28e12 FLOP/s; 665 years on an RTX
-    8000 are 6 * 175e9 FLOPs for each of 300e9 tokens at 15e12 FLOP/s.
+    GPT-3's 3.14e23 FLOPs (Brown et al. 2020, table D.1) at 28e12 FLOP/s take 355 years.
 
     Raises:
         ValueError: `tokens` or `flops_per_second` is not above 0, or not finite.
@@ -185,9 +177,8 @@ def training_memory(
 
     The terms are those of the plain model, without a key-value cache, and of torch 2.13 on a CPU,
     where a dropout's mask takes four bytes a number and torch's attention kernel has no dropout.
-    Only tensors count: by glibc's default settings a process keeps what is freed, and takes 5 to
-    40 % more, or 1 % with `MALLOC_MMAP_THRESHOLD_=131072` in its environment. For models of one or
-    two blocks the terms may be off by a seventh.
+    Only tensors count: by glibc's default settings a process takes 5 to 40 % more. For models of
+    one or two blocks the terms may be off by a seventh.
 
     Args:
         batch_size: B, texts in a step.
@@ -205,37 +196,43 @@ def training_memory(
     if attention not in ("eager", "sdpa"):
         raise ValueError(f"attention={attention!r} is not known here; give 'eager' or 'sdpa'")
     sizes = _tensors_of_a_step(config, batch_size, length, attention)
-    hidden = batch_size * length * config.hidden_size
-    block = 2 * sizes["norm"] + sizes["attention"] + sizes["feed_forward"]
-    kept = config.num_hidden_layers * (hidden if checkpointing else block)
+    kept = config.num_hidden_layers * sizes["hidden" if checkpointing else "block"]
     kept += sizes["ends"] + sizes["norm"]
+    total = count_parameters(config).total
+    return TrainingMemory(
+        weights=4 * total,
+        gradients=4 * total,
+        moments=8 * total,
+        activations=4 * kept,
+        loss=4 * sizes["loss"],
+        peak=4 * (3 * total + _fullest_moment(config, sizes, kept, checkpointing)),
+    )
 
-    # The moments at which most may be alive, apart from the weights and AdamW's moments: the
-    # backward pass of the loss, the head, the last block, and the first, when all other gradients
-    # exist; or the update of one matrix, with a root and a quotient beside it, for the positions
-    # also the tokens' quotient. What came after a block's scores is freed before their gradients.
-    counts = count_parameters(config)
+
+def _fullest_moment(
+    config: ScratchGPTConfig, sizes: dict[str, int], kept: int, checkpointing: bool
+) -> int:
+    """The most numbers alive at one time, apart from the weights and AdamW's moments.
+
+    That is in the backward pass of the loss, the head, the last block, or the first, when all other
+    gradients exist; or in the update of one matrix, with a root and a quotient beside it, for the
+    positions also the tokens' quotient.
+    """
+    counts, hidden, block = count_parameters(config), sizes["hidden"], sizes["block"]
     head = counts.token_embedding
     largest = max(head, counts.position_embedding, config.hidden_size * _inner(config))
     first = (counts.attention + counts.feed_forward) // config.num_hidden_layers
+    # What came after a block's scores is freed before their gradients.
     working = 2 * hidden + max(
         sizes["gradients of the activation"] - sizes["norm"],
         sizes["gradients of the scores"] - sizes["feed_forward"] - 2 * sizes["norm"],
     )
-    fullest = max(
+    return max(
         kept + sizes["loss"],
         kept + sizes["gradient of the logits"] + head + hidden,
         kept + (block - hidden if checkpointing else 0) + head + working,
         counts.tied_total - counts.position_embedding - first + block + sizes["ends"] + working,
         counts.total + max(2 * largest, head + 2 * counts.position_embedding),
-    )
-    return TrainingMemory(
-        weights=4 * counts.total,
-        gradients=4 * counts.total,
-        moments=8 * counts.total,
-        activations=4 * kept,
-        loss=4 * sizes["loss"],
-        peak=4 * (3 * counts.total + fullest),
     )
 
 
@@ -260,11 +257,14 @@ def _tensors_of_a_step(
         piece = min(tokens, LOSS_PIECE) * (config.vocab_size + config.hidden_size)
         loss = 2 * config.vocab_size * config.hidden_size + hidden + piece
         logits_gradient = 0
+    # Query, key, value, gathered; weights, with dropout's mask and result; the kernel's sums.
+    attended = 4 * hidden + mask + scores * (3 if drops else 1) + (heads if kernel else 0)
+    feed_forward = (2 if fused else 2 + factors) * inner + mask
     return {
+        "hidden": hidden,
         "norm": norm,
-        # Query, key, value, gathered; weights, with dropout's mask and result; the kernel's sums.
-        "attention": 4 * hidden + mask + scores * (3 if drops else 1) + (heads if kernel else 0),
-        "feed_forward": (2 if fused else 2 + factors) * inner + mask,
+        "feed_forward": feed_forward,
+        "block": 2 * norm + attended + feed_forward,
         "ends": hidden if config.embedding_dropout > 0 else 0,
         "loss": loss,
         "gradient of the logits": logits_gradient,

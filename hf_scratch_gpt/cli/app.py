@@ -66,19 +66,18 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="What to continue; standard input if not given.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Choose among so many tokens; 0 for all.")] = 40,
-    top_p: Annotated[float, typer.Option(help="Choose among those of this probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among so many; 0 for all.")] = 40,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Choose among so probable.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed writes the same texts.")] = 0,
-    samples: Annotated[int, typer.Option(help="How many texts to write.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="How many texts to write.")] = 1,
     fast: Annotated[bool, typer.Option("--fast", help="Compile first, to write faster.")] = False,
-    weights: Annotated[str | None, typer.Option(help="With --fast: int8, int4 or fp8.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Fast, in int8, int4 or fp8.")] = None,
 ) -> None:
     """Continue a prompt; the text is shown as it comes.
 
-    Where the text fills the model's window, the model reads the last half of the window again, and
-    has forgotten what came before.
+    Where its window is full, the model goes on from the last half of it.
     """
     import torch
     from transformers import set_seed
@@ -87,15 +86,6 @@ def generate(
     from ..training.setup import load_model, load_tokenizer
     from ..writing import write
 
-    if samples < 1:
-        raise ValueError(f"--samples {samples} is below 1; ask for at least one text")
-    if weights is not None and not fast:
-        raise ValueError(f"--weights {weights} needs --fast; add it")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"--temperature {temperature}, --top-k {top_k} and --top-p {top_p} should be 0 or "
-            "more, 0 or more, and above 0 up to 1"
-        )
     sampling: dict[str, float | None] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     if temperature == 0:
         sampling = dict.fromkeys(sampling)
@@ -103,7 +93,7 @@ def generate(
     network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
     if torch.accelerator.is_available():
         network.to(torch.accelerator.current_accelerator())
-    if fast:
+    if fast or weights:
         optimize_for_generation(network, weights)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     show = partial(console.out, end="", highlight=False)
@@ -190,21 +180,14 @@ def _end_of(result: "TrainingResult") -> str:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
-    weights: Annotated[
-        str | None, typer.Option(help="Convert this GPT-2 and write with it; train nothing.")
-    ] = None,
 ) -> None:
     """Train a small GPT on Python's own manual in two minutes, and let it write.
 
     No network is needed. The model is saved, and loaded again to write.
     """
-    from .demo import run_demo, run_weights
+    from .demo import run_demo
 
-    console = Console(highlight=False, markup=False)
-    if weights is None:
-        run_demo(out, console)
-    else:
-        run_weights(weights, out / "converted", console)
+    run_demo(out, Console(highlight=False, markup=False))
 
 
 def main() -> None:

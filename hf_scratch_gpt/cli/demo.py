@@ -17,9 +17,6 @@ from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from ..checkpoints.convert import convert
-from ..checkpoints.readers import open_source
-from ..files import destination
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import END_OF_TEXT
@@ -102,20 +99,6 @@ def run_demo(folder: Path, console: Console) -> None:
     show_writing(model_folder, PROMPT, console)
 
 
-def run_weights(source: str, folder: Path, console: Console) -> None:
-    """Convert the GPT-2 `source` into `folder` and let it write.
-
-    Raises:
-        ValueError: the conversion failed.
-    """
-    try:
-        out = destination(folder, overwrite=True, sources=[source])
-        console.print("\n".join(convert(open_source(source), out)), soft_wrap=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} was not converted: {error}") from error
-    show_writing(folder, "Hello, my name is", console)
-
-
 def show_writing(folder: Path, prompt: str, console: Console) -> None:
     """Load the model in `folder` as any program would, let it write, say how to use it."""
     set_seed(0)
@@ -145,13 +128,11 @@ def make_tokenizer(folder: Path) -> ScratchGPTTokenizer:
 def bigram_loss(training: np.ndarray, validation: np.ndarray, vocabulary: int) -> float:
     """The loss on `validation` of the best bigram model of `training`, in nats per token.
 
-    p(b|a) = (n(ab) + m p(b)) / (n(a) + m), the hierarchical Dirichlet model of MacKay & Peto 1995:
-    it counts how often b follows a, and relies on the frequency of b where a is rare. Of eight
-    weights m it takes the one that is best on `validation`, which favours it.
+    p(b|a) = (n(ab) + m p(b)) / (n(a) + m), the hierarchical Dirichlet model of MacKay & Peto 1995,
+    with the weight m of eight that is best on `validation`, which favours it.
 
     Args:
-        training, validation: token ids, (N, T) and (M, T); as in the GPT, the first of each row is
-            given and not predicted.
+        training, validation: token ids, (N, T) and (M, T); the first of each row is given.
         vocabulary: number of ids, V.
     """
     pairs = np.zeros((vocabulary, vocabulary), dtype=np.int64)

@@ -68,11 +68,7 @@ def draw_loss(history: list[dict[str, float]], path: Path) -> None:
 
 
 class KeepFolder(TrainerCallback):
-    """Keeps `loss.png` up to date, and of the checkpoints the last `count` and the best.
-
-    The Trainer orders checkpoints by their folders' times, and warns when those of a short run are
-    close.
-    """
+    """Keeps `loss.png` up to date, and of the checkpoints the last `count` and the best."""
 
     def __init__(self, count: int | None) -> None:
         self.count = count
@@ -84,21 +80,16 @@ class KeepFolder(TrainerCallback):
     on_train_end = on_evaluate
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        # The Trainer orders checkpoints by their times, and warns when those are close.
         if args.should_save:
             rotate_checkpoints(args.output_dir, self.count, state.best_model_checkpoint)
 
 
 class SampleText(TrainerCallback):
-    """Lets the model continue a prompt every so many steps, and after the last.
+    """Lets the model continue `prompt` every `steps` steps, and after the last; see `train`.
 
     It has random numbers of its own, the same each time, so training goes as without it. Where the
     weights are split over processes, all of them write, and the first reports.
-
-    Args:
-        tokenizer: of the model.
-        prompt: the text to continue; may be empty.
-        steps: after how many steps of training to write.
-        report: is called with the step and the text, prompt included; if not given, it is logged.
     """
 
     def __init__(
@@ -144,17 +135,14 @@ class SampleText(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training with a checkpoint on Ctrl-C (SIGINT) or SIGTERM.
+    """Ends training with a checkpoint on Ctrl-C (SIGINT) or SIGTERM, and can `announce` it.
 
     As a context manager, it catches the signals. The step or evaluation that is running is finished
     first; a second Ctrl-C ends everything at once. Of several processes, all stop at the same step.
     Outside the main thread, the only one that gets signals, it does nothing.
-
-    Args:
-        announce: log that the signal has come.
     """
 
-    def __init__(self, announce: bool = True) -> None:
+    def __init__(self, announce: bool) -> None:
         self.announce, self._process = announce, os.getpid()
         self.caught = self.stopped = False
         self._earlier: dict[signal.Signals, Any] = {}

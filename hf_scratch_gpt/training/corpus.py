@@ -31,25 +31,16 @@ CHARACTERS_PER_CORE = 4 << 20
 _MOST_CORES = 16
 
 # Part of the name of a cached stream; to be raised when the same texts give other tokens.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A stream of token ids on disk.
-
-    Args:
-        path: the file, ids one after another.
-        dtype: their numpy type, "uint16" or "uint32".
-        tokens: how many there are, ends of texts included.
-        documents: how many documents they come from.
-        digest: hash of the ids.
-    """
+    """A stream of `tokens` ids of numpy's `dtype` on disk, ends of texts included, and its hash."""
 
     path: Path
     dtype: str
     tokens: int
-    documents: int
     digest: str
 
     def ids(self) -> np.memmap:
@@ -85,9 +76,8 @@ def tokenize(
     """Encode the texts of `sources`, or find the ids of an earlier time.
 
     They are kept in a file whose name is a hash of the tokenizer and of the files' paths, sizes and
-    times of change. Of several processes that ask for the same ids, one computes them while the
-    others wait. The tokenizer gets a batch of long pieces at a time, which fast tokenizers encode
-    in threads.
+    times of change. Of several processes that ask for the same ids, one computes them. The
+    tokenizer gets a batch of long pieces at a time, which fast tokenizers encode in threads.
 
     Args:
         sources: as for `texts.find`.
@@ -140,7 +130,7 @@ def _encode_to(
 ) -> TokenFile:
     """Write the stream to `path`; whatever happens, it is there completely or not at all."""
     dtype = "uint16" if vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
-    digest, tokens, ends = hashlib.sha256(), 0, 0
+    digest, tokens = hashlib.sha256(), 0
     with new_file(path) as unfinished:
         with unfinished.open("wb") as file:
             for batch in _batches(found, field):
@@ -154,10 +144,7 @@ def _encode_to(
                     file.write(data)
                     digest.update(data)
                     tokens += len(ids)
-                    ends += piece.ends
-        described: dict[str, Any] = dict(
-            dtype=dtype, tokens=tokens, documents=ends, digest=digest.hexdigest()
-        )
+        described: dict[str, Any] = dict(dtype=dtype, tokens=tokens, digest=digest.hexdigest())
         path.unlink(missing_ok=True)
         path.with_suffix(".json").write_text(json.dumps(described), encoding="utf-8")
     return TokenFile(path, **described)

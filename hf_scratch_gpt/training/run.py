@@ -6,7 +6,7 @@ The same call runs in one process, and in each of several under `torchrun` or `a
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,9 @@ class TrainingResult:
         folder: where the model is; after an interruption it holds checkpoints only.
         steps: steps taken, those of earlier starts included.
         history: what was logged, in order: `loss`, `eval_loss` (nats per token), `eval_perplexity`,
-            `learning_rate`, `grad_norm` and more, each with its `step`.
+            `learning_rate` and more, each with its `step`.
         interrupted: whether a signal ended it before its last step.
-        went_on_from: the step of the checkpoint that this start resumed from; 0 if it began anew,
-            `steps` if the run was finished already.
+        went_on_from: the step that this start resumed from; `steps` if the run was finished.
     """
 
     folder: Path
@@ -90,8 +89,7 @@ def train(
 
     Started again with the same arguments, it goes on from the last checkpoint, with the losses of
     an uninterrupted run; a finished run is left as it is. Ctrl-C or SIGTERM ends it with a
-    checkpoint. The folder also gets `loss.png` and, where tensorboard is installed, `runs`. On a
-    CPU it trains with the engine's faster parts, which are not saved.
+    checkpoint. The folder also gets `loss.png` and, where tensorboard is installed, `runs`.
 
     Args:
         sources: texts to train on: files, folders or data sets, see `texts.find`.
@@ -102,10 +100,8 @@ def train(
         overrides: fields of the configuration that differ from the preset's.
         tokenizer: a folder, hub id or tokenizer; that of the saved model if not given.
         block_size: tokens in a training example; as many as the model has positions if not given.
-        validation: which part of the blocks, taken from the end, to validate on; or other texts; or
-            None.
-        text_field: field or column of the text in JSON lines, Parquet and data sets.
-        cache_dir: where token ids are kept, see `tokenize`.
+        validation: which part of the blocks, from the end, to validate on; or other texts; or None.
+        text_field, cache_dir: see `tokenize`.
         sample_prompt: a text that the model continues every `sample_steps` steps (below 1: that
             part of all steps).
         on_sample: is called with the step and the sample; if not given, it is logged.
@@ -121,24 +117,14 @@ def train(
     folder = Path(output_dir)
     encoder = setup.load_tokenizer(tokenizer, model)
     config, trained = setup.load_start(model, encoder, overrides)
-    positions = config.max_position_embeddings
-    size = positions if block_size is None else block_size
-    if size > positions:
-        raise ValueError(
-            f"block_size={size} exceeds the model's {positions} positions; give {positions} or less"
-        )
+    size = setup.checked_block_size(block_size, config)
     arguments = setup.make_arguments(folder, trained is None, bool(validation), training_arguments)
     setup.on_first_process(arguments, lambda: runs.read_record(folder) and None)
-
-    def blocks_of(texts: Sources) -> Blocks:
-        return Blocks(tokenize(texts, encoder, text_field, cache_dir), size)
-
-    blocks, held_out = blocks_of(sources), None
+    blocks, held_out = Blocks(tokenize(sources, encoder, text_field, cache_dir), size), None
     if isinstance(validation, float | int):
-        if validation:
-            blocks, held_out = blocks.split(validation)
+        blocks, held_out = blocks.split(validation) if validation else (blocks, None)
     elif validation is not None:
-        held_out = blocks_of(validation)
+        held_out = Blocks(tokenize(validation, encoder, text_field, cache_dir), size)
 
     run = runs.describe(config, trained, encoder, arguments, blocks, held_out)
     state, checkpoint = setup.on_first_process(arguments, lambda: _enter(folder, run, arguments))
@@ -153,10 +139,11 @@ def train(
     if sample_prompt is not None:
         every = max(1, math.ceil(sample_steps * (total if sample_steps < 1 else 1)))
         trainer.add_callback(SampleText(encoder, sample_prompt, every, on_sample))
-    if progress is not None:
-        trainer.remove_callback(PrinterCallback)  # which prints where bars are disabled
-        trainer.add_callback(progress)
-    with nullcontext() if progress is None else without_progress_bars():
+    if progress is None:
+        return _run(trainer, checkpoint)
+    trainer.remove_callback(PrinterCallback)  # which prints where bars are disabled
+    trainer.add_callback(progress)
+    with without_progress_bars():
         return _run(trainer, checkpoint)
 
 
@@ -219,16 +206,6 @@ def _make_trainer(
     return trainer
 
 
-def _suits_the_engine(trainer: Trainer) -> bool:
-    """Whether one process trains whole weights of ours on a CPU, which the engine is for."""
-    arguments = trainer.args
-    return (
-        isinstance(trainer.model, ScratchGPTForCausalLM)
-        and arguments.device.type == "cpu"
-        and not (trainer.is_fsdp_enabled or arguments.torch_compile)
-    )
-
-
 @contextmanager
 def _as_before(model: PreTrainedModel) -> Iterator[None]:
     """Let `model`, which may be the caller's, cache and save afterwards as it did before."""
@@ -250,7 +227,9 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> TrainingResult:
     with _as_before(trainer.model), StopOnSignal(announce=trainer.is_world_process_zero()) as stop:
         trainer.add_callback(stop)
         with ExitStack() as engine:
-            if _suits_the_engine(trainer):
+            is_ours = isinstance(trainer.model, ScratchGPTForCausalLM)
+            is_whole = not (trainer.is_fsdp_enabled or trainer.args.torch_compile)
+            if is_ours and is_whole and trainer.args.device.type == "cpu":
                 # The caller may have optimized it for generation.
                 optimize_for_training(restore(trainer.model))
                 engine.callback(restore, trainer.model)
@@ -265,11 +244,7 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> TrainingResult:
 
 
 def _save(trainer: Trainer, model_class: type[PreTrainedModel]) -> None:
-    """Save model and tokenizer, as `Trainer.save_model` does where weights are not sharded.
-
-    FSDP changes the model's class, so that method would save the code of another; and where
-    checkpoints hold a part for each process, it saves nothing.
-    """
+    """Save model and tokenizer, also where FSDP has changed the class and sharded the weights."""
     trainer.model.config.use_cache = True  # the Trainer has turned it off
     if not trainer.is_fsdp_enabled:
         trainer.save_model()

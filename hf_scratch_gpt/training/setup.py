@@ -56,6 +56,17 @@ def check_installed() -> None:
             raise ImportError(f"training needs {name}; pip install 'hf_scratch_gpt[train]'")
 
 
+def checked_block_size(block_size: int | None, config: PretrainedConfig) -> int:
+    """Tokens in a block: as many as the model has positions if `block_size` is not given."""
+    positions = config.max_position_embeddings
+    if block_size is not None and block_size > positions:
+        raise ValueError(
+            f"block_size={block_size} exceeds the model's {positions} positions; give {positions} "
+            "or less"
+        )
+    return positions if block_size is None else block_size
+
+
 def is_saved(model: Model) -> bool:
     """Whether `model` is the folder or hub id of a saved model, and not the name of a preset."""
     if isinstance(model, str):

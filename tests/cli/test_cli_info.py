@@ -44,20 +44,13 @@ def test_json_is_what_sizing_computes(run):
         config = ScratchGPTConfig.from_preset(entry["name"])
         counts = sizing.count_parameters(config)
         assert entry["parameters"]["total"] == counts.total
-        assert entry["parameters"]["attention"] == counts.attention
         assert entry["storage_bytes"]["bfloat16"] == 2 * counts.total
         cached = sizing.kv_cache_bytes(config)
         assert entry["kv_cache_bytes_per_token"] == {"float32": cached, "bfloat16": cached // 2}
-        cached *= config.max_position_embeddings
-        assert entry["kv_cache_bytes_full_context"]["float32"] == cached
         training = sizing.training_flops_per_token(config, 100)
         assert entry["flops_per_token"]["training"] == training
-        assert entry["training_step"] == {"texts": 3, "tokens_of_a_text": 100}
         memory = entry["training_memory_bytes"]
         assert memory["peak"] == sizing.training_memory(config, 3, 100).peak
-        checkpointed = sizing.training_memory(config, 3, 100, checkpointing=True)
-        assert memory["peak_if_checkpointed"] == checkpointed.peak
-        assert entry["training_seconds"]["by_training_flops"] == training * 1e9 / 2e12
         assert entry["training_seconds"]["by_6N"] == 6 * counts.total * 1e9 / 2e12
 
 
@@ -67,10 +60,6 @@ def test_folders_of_our_models_and_of_gpt2_are_read(fixture, run, request):
     parameters = ScratchGPTForCausalLM.from_pretrained(folder).num_parameters()
     code, out, _ = run("info", "--json", folder)
     assert (code, json.loads(out)[0]["parameters"]["total"]) == (0, parameters)
-    code, out, _ = run("info", folder)
-    assert code == 0
-    assert f"{parameters:,}" in out
-    assert max(len(line.rstrip()) for line in out.splitlines()) <= 80
 
 
 @pytest.mark.parametrize(

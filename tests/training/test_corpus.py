@@ -145,7 +145,7 @@ def test_ids_take_two_bytes_where_they_fit(size, dtype, tiny_tokenizer, tmp_path
     monkeypatch.setattr(corpus, "vocabulary_size", lambda tokenizer: size)
     (tmp_path / "a.txt").write_text("one two")
     file = tokenize(tmp_path / "a.txt", tiny_tokenizer, cache_dir=tmp_path)
-    assert (file.dtype, file.tokens, file.documents) == (dtype, len(file.ids()), 1)
+    assert (file.dtype, file.tokens) == (dtype, len(file.ids()))
     assert file.ids().dtype == dtype
     assert file.ids().tolist() == expected(tiny_tokenizer, "one two")
 
@@ -242,7 +242,7 @@ def test_a_tokenizer_without_an_end_is_refused(tiny_tokenizer, tmp_path):
 def stream(tmp_path):
     """35 tokens, 0 to 34."""
     np.arange(35, dtype=np.uint16).tofile(tmp_path / "a.ids")
-    return TokenFile(tmp_path / "a.ids", "uint16", 35, 1, "0")
+    return TokenFile(tmp_path / "a.ids", "uint16", 35, "0")
 
 
 def test_blocks_are_the_stream_cut_in_equal_parts(stream):
@@ -263,15 +263,6 @@ def test_the_last_part_of_the_blocks_is_held_out(stream):
         parts = Blocks(stream, 8).split(fraction)
         firsts = [[block["input_ids"][0].item() // 8 for block in part] for part in parts]
         assert firsts == [[0, 1, 2, 3][:-held_out], [0, 1, 2, 3][-held_out:]]
-
-
-def test_too_few_tokens_are_refused_with_their_number(stream):
-    with pytest.raises(ValueError, match="35 tokens, less than one block of 36; give more text"):
-        Blocks(stream, 36)
-    with pytest.raises(ValueError, match="block_size=1 leaves no token to predict"):
-        Blocks(stream, 1)
-    with pytest.raises(ValueError, match=r"1 blocks of 20 tokens are too few .* validate on 10%"):
-        Blocks(stream, 20).split(0.1)
 
 
 @pytest.mark.parametrize(("batch_size", "numbers"), [(2, [0, 1, 2, 3]), (3, [0, 1, 2, 3, 0, 1])])

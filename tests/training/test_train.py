@@ -267,12 +267,16 @@ def test_what_does_not_fit_is_said_before_anything_is_done(run, text, tmp_path):
         (r"the tokenizer has 400 tokens, the model 9;", dict(overrides=dict(n_vocab=9))),
         (r"overrides=\{'n_layer': 1\} need a preset", dict(model=small, overrides=dict(n_layer=1))),
         (r"block_size=17 exceeds the model's 16 positions; give 16", dict(block_size=17)),
+        (r"block_size=1 leaves no token to predict", dict(block_size=1)),
         (r"none\.txt' does not exist", {}),
         (r"tokens, less than one block of 5000; give more", dict(overrides=dict(n_ctx=5000))),
         (r"2 blocks of 600 tokens are too few", dict(overrides=dict(n_ctx=600), validation=0.9)),
         (r"1\.5 is not a part of the blocks; give", dict(validation=1.5)),
     ]:
-        sources = nowhere if options.keys() <= {"model", "tokenizer", "block_size"} else text
+        is_early = (
+            options.keys() <= {"model", "tokenizer", "block_size"} and 1 not in options.values()
+        )
+        sources = nowhere if is_early else text
         with pytest.raises(ValueError, match=message) as raised:
             run(sources=sources, **options)
         assert "\n" not in str(raised.value)

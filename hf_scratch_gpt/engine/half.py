@@ -42,6 +42,12 @@ def multiplied_as(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_slow(dtype) else dtype
 
 
+def autocast_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that autocast on a CPU, where it is at work, makes of numbers of `dtype`."""
+    is_at_work = torch.is_autocast_enabled("cpu") and dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if is_at_work else dtype
+
+
 def is_onednn_ahead(x: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Whether oneDNN multiplies `x` (..., C), on a CPU, faster than what torch would choose.
 
@@ -84,13 +90,10 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     return (onednn_linear if is_onednn_ahead(x, bias) else F.linear)(x, weight, bias)
 
 
-def needs_float32(x: torch.Tensor) -> bool:
-    """Whether `x` (..., C) should be multiplied by `by_float32`."""
-    return is_slow(x.dtype) and x.numel() > _FEW * x.shape[-1]
-
-
-def by_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of `x` (..., C) and `weight` (D, C), in half precision, by way of float32."""
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `multiply`, in the type of `x`; half precision that is slow goes by way of float32."""
+    if not is_slow(x.dtype) or x.numel() <= _FEW * x.shape[-1]:
+        return multiply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     wide, rows = x.float(), max(1, _PIECE // weight.shape[1])
     pieces = weight.split(rows)
     biases = [None] * len(pieces) if bias is None else bias.float().split(rows)

@@ -6,7 +6,6 @@ torch keeps it, and computes GELU on the way: 12.1 ms for both where torch takes
 
 # C length of an input vector, D of an output vector
 
-import copy
 import weakref
 from typing import Any
 
@@ -14,39 +13,42 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .half import IS_X86, by_float32, is_inference, is_ordinary, is_slow, multiply, needs_float32
+from .half import IS_X86, is_inference, is_ordinary, is_slow, multiply, product
 from .private_ops import has_onednn, is_watched, onednn_linear, pack, version_of
 
 _SAMPLED = 64  # numbers of a weight that are compared
 _PIECE = 2**22  # numbers that are turned back from int8 at a time
 
 
-class Original:
-    """A weight that something else was made of, to tell whether it is still the same.
+class MadeOf:
+    """What was made of a weight, and can tell whether that is still the same.
 
-    A change of a few numbers by way of `weight.data` may go unseen.
+    A change of a few numbers by way of `weight.data` may go unseen. In a copy or a pickle of a
+    model it is made anew.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._state = _state(tensor)
-        self._sample = _sample(tensor).clone()
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weakref.ref(weight)
+        self._state = _state(weight)
+        self._sample = _sample(weight).clone()
 
-    def is_still(self, tensor: torch.Tensor | None) -> bool:
-        """Whether it is `tensor`, and unchanged."""
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Any:
+        """That of `weight` (D, C); None if there can be none."""
+        return cls(weight)
+
+    def is_of(self, weight: torch.Tensor | None) -> bool:
+        """Whether it was made of `weight`, which has not changed."""
         return (
-            tensor is not None
-            and self._tensor() is tensor
-            and self._state == _state(tensor)
-            and torch.equal(self._sample, _sample(tensor))
+            weight is not None
+            and self._weight() is weight
+            and self._state == _state(weight)
+            and torch.equal(self._sample, _sample(weight))
         )
 
-    def copied(self, memo: dict[int, Any]) -> "Original":
-        """The same of the tensor's copy in `copy.deepcopy`, whose `memo` it is."""
-        tensor = self._tensor()
-        if tensor is None or not self.is_still(tensor):
-            return self
-        return Original(copy.deepcopy(tensor, memo))
+    def __reduce__(self) -> tuple[Any, ...]:
+        weight = self._weight()
+        return (type(None), ()) if weight is None else (self.of, (weight,))
 
 
 def _state(weight: torch.Tensor) -> tuple[object, ...]:
@@ -61,17 +63,17 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().as_strided((count,), (step,))
 
 
-class Packed:
-    """`weight` (D, C) in oneDNN's order; copies of a layer share it, as torch cannot copy it."""
+class Packed(MadeOf):
+    """A weight (D, C) in oneDNN's order, if oneDNN is there and multiplies its type."""
 
     def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(weight)
         self.weight = pack(weight.detach())
-        self.original = Original(weight)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
-        made = self.__class__.__new__(self.__class__)
-        made.weight, made.original = self.weight, self.original.copied(memo)
-        return made
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Any:
+        is_half = weight.dtype == torch.bfloat16 and IS_X86 and not is_slow(torch.bfloat16)
+        return cls(weight) if has_onednn() and (weight.dtype == torch.float32 or is_half) else None
 
 
 class PackedLinear(nn.Linear):
@@ -80,19 +82,17 @@ class PackedLinear(nn.Linear):
     packed: Packed | None
 
     def prepare(self) -> None:
-        """Pack the weight, if oneDNN is there and multiplies its type."""
-        is_half = self.weight.dtype == torch.bfloat16 and IS_X86 and not is_slow(torch.bfloat16)
-        can_pack = has_onednn() and (self.weight.dtype == torch.float32 or is_half)
-        self.packed = Packed(self.weight) if can_pack else None
+        """Pack the weight."""
+        self.packed = Packed.of(self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
         if self.is_packed_for(input):
             assert self.packed is not None, "asked just now"
             return onednn_linear(input, self.packed.weight, self.bias)
-        is_plain_product = is_inference(input, self.weight) and needs_float32(input)
-        if is_plain_product and is_ordinary(input, self.weight, self.bias):
-            return by_float32(input, self.weight, self.bias)
+        is_slower = is_slow(input.dtype) and is_inference(input, self.weight)
+        if is_slower and is_ordinary(input, self.weight, self.bias):
+            return product(input, self.weight, self.bias)
         return super().forward(input)
 
     def is_packed_for(self, input: torch.Tensor) -> bool:
@@ -101,7 +101,7 @@ class PackedLinear(nn.Linear):
             self.packed is not None
             and is_inference(input, self.weight)
             and is_ordinary(input, self.weight, self.bias)
-            and self.packed.original.is_still(self.weight)
+            and self.packed.is_of(self.weight)
         )
 
 

@@ -19,26 +19,19 @@ from torch.nn import functional as F
 PLACES = {
     "linear": "ops.mkldnn._linear_pointwise",
     "reorder": "ops.mkldnn._reorder_linear_weight",
-    "unsafe_view": "ops.aten._unsafe_view",
     "is_recorded": "utils._python_dispatch.is_in_torch_dispatch_mode",
     "has_global_hook": "nn.modules.module._has_any_global_hook",
 }
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def _look_up(place: str) -> Any:
-    try:
-        return attrgetter(place)(torch)
-    except (AttributeError, RuntimeError):
-        return None
-
-
-_FOUND = {name: _look_up(place) for name, place in PLACES.items()}
-
-
+@functools.cache
 def find(name: str) -> Any:
     """The function at one of `PLACES`; None if this torch does not have it."""
-    return _FOUND[name]
+    try:
+        return attrgetter(PLACES[name])(torch)
+    except (AttributeError, RuntimeError):
+        return None
 
 
 @functools.cache
@@ -72,15 +65,6 @@ def onednn_linear(
         bias = bias.contiguous()  # oneDNN ignores strides
     after, form = ("none", "") if gelu is None else ("gelu", gelu)
     return find("linear")(x, weight, bias, after, [], form)
-
-
-def as_new_tensor(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """`x`, fresh memory, in another shape, as a tensor of its own.
-
-    A view that an autograd function returns cannot be changed in place, and FSDP warns of it.
-    """
-    unsafe_view = find("unsafe_view")
-    return x.reshape(shape).clone() if unsafe_view is None else unsafe_view(x, shape)
 
 
 def is_recorded() -> bool:

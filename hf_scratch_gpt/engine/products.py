@@ -30,7 +30,7 @@ Product = structure(
 
 def product_of(linear: Any, held: list[Any]) -> Any:
     """The structure of `linear`; what it points to is put into `held`."""
-    weight = linear.weight.detach()
+    weight = linear.weight.detach().contiguous()
     held.append(weight)
     is_int8 = weight.dtype == torch.int8
     scale = address_of(linear.weight_scale, held) if is_int8 else None
@@ -58,7 +58,7 @@ def multiply_seconds(linear: nn.Linear, way: int) -> float:
 def call(function: str, given: Any, number: int, x: torch.Tensor, y: torch.Tensor) -> int:
     """Call one of the C++'s functions, on a structure, a number and two vectors of float32."""
     by_name = compiled()[function]
-    by_name.restype = INTEGER  # of functions that return nothing, any number
+    by_name.restype = INTEGER
     result: int = by_name(
         ctypes.byref(given),
         INTEGER(number),

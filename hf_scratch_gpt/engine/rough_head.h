@@ -1,14 +1,16 @@
-// How much the scores of a head in int8 tell; `one_token.cpp` has `best_word`, which uses them.
+// The word that scores highest, found by a head in int8 and few rows of the head itself.
 
 #pragma once
 
 #include "products.h"
 
 #include <limits>
+#include <numeric>
 
 namespace {
 
-// The head in int8, less the mean of its rows; nothing to do for a model that has none.
+// The head in int8, less the mean of its rows. More than `most` rows of the head do not pay; if
+// that is 0, there is no rough head.
 struct Rough {
   Product product;
   const float *errors, *lengths;  // (V)
@@ -47,5 +49,55 @@ struct Bound {
     return can_tell ? score - error : std::numeric_limits<float>::infinity();
   }
 };
+
+// What each thread has found among its rows.
+struct Found {
+  std::vector<float> lowers, scores;
+  std::vector<int64_t> rows, counts;
+
+  Found(int threads)
+      : lowers(threads), scores(threads, -std::numeric_limits<float>::infinity()),
+        rows(threads, -1), counts(threads) {}
+
+  // The best of all, of several the first; -1 if there is none.
+  int64_t row() const {
+    return rows[std::max_element(scores.begin(), scores.end()) - scores.begin()];
+  }
+};
+
+// Find the best row of the head by which to multiply x; all threads call this together. False if
+// that does not pay, or the bound cannot tell. `scores` (V) is memory to use.
+// A row that cannot reach what another one reaches for sure is left out. The few that remain are
+// multiplied by the head itself.
+template <typename W>
+bool find_best(const Rough& rough, const Product& head, const std::vector<float>& x, int64_t way,
+               float* scores, Found& found) {
+  if (!rough.most) return false;
+  const int thread = omp_get_thread_num();
+  const Input<int8_t> integers(x);
+  const Bound bound(rough, x, integers);
+  float lower = -std::numeric_limits<float>::infinity();  // what some row reaches for sure
+  multiply(rough.product, integers, way, [&](int64_t row, float y) {
+    scores[row] = y;
+    lower = std::max(lower, bound.lowest(row, y));
+  });
+  found.lowers[thread] = lower;
+#pragma omp barrier
+  lower = *std::max_element(found.lowers.begin(), found.lowers.end());
+  const auto may_be_best = [&](int64_t row) { return scores[row] + bound(row) >= lower; };
+  const auto [start, end] = share_of(head);
+  for (int64_t row = start; row < end; row++) found.counts[thread] += may_be_best(row);
+#pragma omp barrier
+  const int64_t count = std::accumulate(found.counts.begin(), found.counts.end(), int64_t(0));
+  if (!std::isfinite(lower) || count > rough.most) return false;
+  const Input<W> exact(x);
+  for (int64_t row = start; row < end; row++) {
+    if (!may_be_best(row)) continue;
+    float y;
+    times(0, exact, head, row, 0, &y);
+    if (y > found.scores[thread]) found.scores[thread] = y, found.rows[thread] = row;
+  }
+  return true;
+}
 
 }  // namespace

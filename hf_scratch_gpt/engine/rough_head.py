@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .packed import Original
+from .packed import MadeOf
 from .products import DTYPES, INTEGER, POINTER, Product, structure
 
 _PIECE = 2**17  # numbers that are rounded at a time, which a cache holds
@@ -22,28 +22,28 @@ _MOST = 1 / 4  # of the rows: if more of them are read after all, little or noth
 Rough = structure("Rough", product=Product, errors=POINTER, lengths=POINTER, most=INTEGER)
 
 
-class RoughHead:
-    """A matrix in int8, less the mean of its rows; see `best_word` in `one_token.cpp`.
+class RoughHead(MadeOf):
+    """A matrix in int8, less the mean of its rows; see `find_best` in `rough_head.h`.
 
     The mean adds the same to all scores, and is large where weights have been trained. As in
     `Int8Linear`, the largest number of a row becomes 127 or -127.
 
     Args:
-        weight: (V, C), in float32 or bfloat16.
+        weight: (V, C).
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._original = Original(weight)
-        weight = weight.detach()
-        self._column = weight[:, 0].clone()
-        rows = weight.split(max(1, _PIECE // weight.shape[1]))
+        super().__init__(weight)
+        rows = weight.detach().split(max(1, _PIECE // weight.shape[1]))
         mean = torch.stack([some.double().sum(0) for some in rows]).sum(0) / len(weight)
         parts = zip(*(_rounded(some, mean) for some in rows), strict=True)
         self.weight, self.scale, self.errors, self.lengths = map(torch.cat, parts)
 
-    def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether it was made of `weight`, which has not changed, and no row has been replaced."""
-        return self._original.is_still(weight) and torch.equal(self._column, weight[:, 0])
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Any:
+        """None if it has another data type, or numbers that are NaN, infinite or too large."""
+        made = cls(weight) if weight.dtype in DTYPES else None
+        return made if made and bool(made.errors.isfinite().all()) else None
 
     def as_structure(self) -> Any:
         """For the C++; it points into this object."""
@@ -51,12 +51,6 @@ class RoughHead:
         product = Product(self.weight.data_ptr(), self.scale.data_ptr(), None, rows, columns)
         errors, lengths = self.errors.data_ptr(), self.lengths.data_ptr()
         return Rough(product, errors, lengths, int(rows * _MOST))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RoughHead":
-        """That of the weight's copy; they share the numbers."""
-        made = self.__class__.__new__(self.__class__)
-        made.__dict__ = self.__dict__ | {"_original": self._original.copied(memo)}
-        return made
 
 
 def _rounded(
@@ -80,15 +74,9 @@ def _rounded(
     return rounded.to(torch.int8), scale, error.float() * 1.001 + 1e-24, length.float() * 1.001
 
 
-def keep_rough(head: nn.Linear) -> None:
-    """Make that of `head`, and keep it there.
-
-    Not if it has a bias, another data type, or numbers that are NaN, infinite or too large.
-    """
-    if head.bias is None and head.weight.dtype in DTYPES:
-        rough = RoughHead(head.weight)
-        if bool(rough.errors.isfinite().all()):
-            head.rough = rough
+def keep_rough(head: Any) -> None:
+    """Make that of `head`, and keep it there; not if it has a bias."""
+    head.rough = None if head.bias is not None else RoughHead.of(head.weight)
 
 
 def rough_of(head: nn.Linear) -> RoughHead | None:

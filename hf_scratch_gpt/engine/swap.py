@@ -1,18 +1,23 @@
 """Exchange parts of one model for faster ones, by one table, and put them back."""
 
-from collections.abc import Callable, Iterator
+import copyreg
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .compiling import compiled
 from .generation import FastGeneration, Optimized
+from .loss import LossInPieces
 from .one_token import can_compute
 from .packed import Int8Linear, PackedFeedForward, PackedLinear
 from .products import fastest_way
 from .rough_head import keep_rough
-from .training import IN_FLOAT32, LeanAttention, LeanFeedForward, LeanLinear, LossInPieces
+from .training import LeanAttention, LeanFeedForward, LeanLinear
 
 # Classes whose mathematics the engine knows, and what goes before them for generation and for
 # training. Ours stand by file and name, as a saved folder brings its own copy of the model's code.
@@ -47,10 +52,10 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
     compiles its step into CUDA graphs at the first call, for each number of texts anew.
 
     The outputs are those of before, up to the order in which sums are rounded. Change weights, add
-    adapters, choose data type and device before, not afterwards, and pickle nothing; a weight that
-    is changed all the same is used unpacked, but a change of a few of its numbers by way of its
-    `data` goes unseen. Hooks, adapters, padding, float16 and an activation that is not GELU are
-    left to the model's own way.
+    adapters, choose data type and device before, not afterwards; a weight that is changed all the
+    same is used unpacked, but a change of a few of its numbers by way of its `data` goes unseen.
+    Hooks, adapters, padding, float16 and an activation that is not GELU are left to the model's own
+    way. Copies and pickles of the model are optimized as well; their weights are packed anew.
 
     Args:
         model: in evaluation mode, on its device and in its data type.
@@ -68,46 +73,46 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
         RuntimeError: the compiler fails.
     """
     _check_for_generation(model, weights)
-    _exchange_all(model, weights, lambda: _prepare_generation(model, weights))
+    with _all_or_nothing(model, weights):
+        _prepare_generation(model, weights)
     return model
 
 
-def _exchange_all(model: Any, weights: str | None, work: Callable[[], Optimized]) -> None:
-    """Do `work`, which exchanges parts; an error or Ctrl-C in it leaves `model` as it was.
+@contextmanager
+def _all_or_nothing(model: Any, weights: str | None) -> Iterator[None]:
+    """An error or Ctrl-C while parts are exchanged leaves `model` as it was.
 
     Only `weights` in another format cannot be put back: then `restore` and saving refuse.
     """
-    model.optimized = Optimized(model.config._attn_implementation, weight_format=weights)
+    model.optimized = Optimized(weights)
     try:
-        model.optimized = work()
+        yield
     except BaseException:
         if weights is None:
             restore(model)
         raise
 
 
-def _prepare_generation(model: Any, weights: str | None) -> Optimized:
-    generation: dict[str, Any] = {}
-    attention = model.config._attn_implementation
+def _prepare_generation(model: Any, weights: str | None) -> None:
     if model.device.type == "cpu":
         compiled()
         _exchange(model, _GENERATION, Int8Linear if weights else None)
         if isinstance(model.lm_head, PackedLinear):
             keep_rough(model.lm_head)
-    else:
-        if weights is not None:
-            _quantize(model, weights)
-        # transformers compiles steps over such a cache by itself
-        settings, room = vars(model.generation_config), model.config.max_position_embeddings
-        static = {"cache_implementation": "static", "max_cache_len": room}
-        generation = {name: settings.get(name) for name in static}
-        settings.update(static)
+    elif weights is not None:
+        _quantize(model, weights)
     if not isinstance(model, FastGeneration):
         model.__class__ = _before_class(FastGeneration, type(model))
-    known = known_classes(model)
-    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
-    way = fastest_way(layers) if can_compute(model, known) else 0
-    return Optimized(attention, known, way, weights, generation)
+    classes = frozenset(type(part) for part in model.modules())
+    if model.device.type == "cpu" and all(map(_row, classes)):
+        with torch.device("meta"):
+            fresh = type(model)(model.config)
+        named = fresh.named_parameters(remove_duplicate=False)  # int8 unties a tied head
+        shapes = {name: parameter.shape for name, parameter in named}
+        model.optimized = Optimized(weights, classes, shapes)
+    if can_compute(model):
+        layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+        model.optimized = replace(model.optimized, way=fastest_way(layers))
 
 
 def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
@@ -125,22 +130,14 @@ def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model is not ours, or is optimized already.
     """
     _check(model)
-    if model.device.type != "cpu":
-        return model
-    _exchange_all(model, None, lambda: _prepare_training(model))
+    if model.device.type == "cpu":
+        with _all_or_nothing(model, None):
+            _exchange(model, _TRAINING)
     return model
 
 
-def _prepare_training(model: Any) -> Optimized:
-    attention = model.config._attn_implementation
-    _exchange(model, _TRAINING)
-    if attention in IN_FLOAT32:
-        model.set_attn_implementation(IN_FLOAT32[attention])
-    return Optimized(attention)
-
-
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Make an optimized `model` what it was: its classes, its attention, its generation config.
+    """Make an optimized `model` what it was.
 
     Returns `model`, unchanged if it is not optimized; a ValueError if its weights were quantized.
     """
@@ -148,20 +145,15 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     owner: Any = next((part for part in model.modules() if "optimized" in vars(part)), None)
     if owner is None:
         return model
-    optimized: Optimized = owner.optimized
-    if optimized.weight_format is not None:
-        raise ValueError(
-            f"weights in {optimized.weight_format} cannot be restored; load the model again"
-        )
+    weights = owner.optimized.weight_format
+    if weights is not None:
+        raise ValueError(f"weights in {weights} cannot be restored; load the model again")
     for part in model.modules():
         kind = getattr(type(part), "replaced_class", None)
         if kind is not None:
             vars(part).pop("packed", None)
             vars(part).pop("rough", None)
             part.__class__ = kind
-    owner.set_attn_implementation(optimized.attention)
-    for name, value in optimized.generation.items():
-        setattr(owner.generation_config, name, value)
     del owner.optimized
     return model
 
@@ -202,11 +194,6 @@ def _row(kind: type) -> tuple[type | None, type | None] | None:
     return _TABLE.get(kind) or _TABLE.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
 
 
-def known_classes(model: nn.Module) -> frozenset[type]:
-    """The classes of the parts of `model` whose mathematics the engine knows."""
-    return frozenset(type(part) for part in model.modules() if _row(type(part)))
-
-
 def _is_ours(kind: type) -> bool:
     """Whether a class is one of the model's, or derived from one."""
     return any(_row(each) and each not in _TABLE for each in kind.__mro__)
@@ -236,15 +223,26 @@ def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> Non
                 part.prepare()
 
 
-_made: dict[tuple[type, type], type] = {}
+class _Faster(type):
+    """The class of what `_before_class` makes, so that pickle can make it anew."""
+
+
+def _made_of(kind: type) -> tuple[Any, ...]:
+    return _before_class, kind.__bases__
+
+
+_made: dict[tuple[type, ...], type] = {}
 
 
 def _before_class(faster: type, kind: type) -> type:
     """`faster` before `kind`, under the name of `kind`: it is saved, and tools look for it."""
     members = {"__module__": kind.__module__, "replaced_class": kind}
     if (faster, kind) not in _made:
-        _made[faster, kind] = type(kind.__name__, (faster, kind), members)
+        _made[faster, kind] = _Faster(kind.__name__, (faster, kind), members)
     return _made[faster, kind]
+
+
+copyreg.pickle(_Faster, _made_of)
 
 
 def _quantize(model: PreTrainedModel, weights: str) -> None:

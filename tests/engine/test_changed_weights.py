@@ -80,7 +80,7 @@ def test_tensors_of_another_kind_are_left_to_torch(when):
     layer.weight = nn.Parameter(TwoTensor(half, half.clone()), requires_grad=False)
     if when == "before":
         optimize_for_generation(model)
-    assert not can_compute(model, model.optimized.known)
+    assert not can_compute(model)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
 
 

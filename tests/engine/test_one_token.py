@@ -7,20 +7,14 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
-from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
-from hf_scratch_gpt.engine import one_token
-from hf_scratch_gpt.engine.one_token import OneToken
+from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation, restore
+from hf_scratch_gpt.engine.one_token import OneToken, can_compute
 from hf_scratch_gpt.engine.packed import Int8Linear
 from hf_scratch_gpt.engine.products import WAYS, call, fastest_way, multiply_seconds, product_of
-from hf_scratch_gpt.engine.swap import known_classes
 
 from ..models import random_ids, random_model
 
 READ = 5
-
-
-def can_compute(model):
-    return one_token.can_compute(model, known_classes(model))
 
 
 @torch.no_grad()
@@ -33,9 +27,9 @@ def logits_by_steps(model, ids, way=0, threads=1):
     return torch.cat([step.logits_after(token[None, None]) for token in ids[0, READ:]], dim=1)
 
 
-def make(dtype=torch.float32, **changes):
+def make(dtype=torch.float32, weights=None, **changes):
     model = random_model(ScratchGPTForCausalLM, **changes).eval().to(dtype)
-    assert can_compute(model)
+    assert can_compute(optimize_for_generation(model, weights))
     return model
 
 
@@ -93,9 +87,7 @@ def test_bfloat16_is_nearer_than_the_model():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_int8(dtype):
-    model, ids = make(dtype), random_ids(1, 24)
-    optimize_for_generation(model, weights="int8")
-    assert can_compute(model)
+    model, ids = make(dtype, "int8"), random_ids(1, 24)
     exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
     atol = 2e-3 if dtype == torch.float32 else 2e-2  # vectors have 12 to 15 bits
     torch.testing.assert_close(logits_by_steps(model, ids).double(), exact, atol=atol, rtol=1e-2)
@@ -104,12 +96,11 @@ def test_int8(dtype):
 @pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_none(weights, number):
-    model, ids = make(), random_ids(1, 8)
+    model, ids = make(weights=weights), random_ids(1, 8)
     with torch.no_grad():
         model.model.norm.bias[3] = number
     assert not model(ids).logits.isfinite().any()
-    fast = optimize_for_generation(model, weights)
-    assert not logits_by_steps(fast, ids).isfinite().any()
+    assert not logits_by_steps(model, ids).isfinite().any()
 
 
 def test_int8_sums_of_a_wide_matrix_have_room():
@@ -127,19 +118,17 @@ def test_int8_sums_of_a_wide_matrix_have_room():
 
 @torch.no_grad()
 def test_int8_of_a_vector_of_zeros():
-    model, ids = make(), random_ids(1, 8)
+    model, ids = make(weights="int8"), random_ids(1, 8)
     model.model.norm.weight.zero_()
     model.model.norm.bias.zero_()
-    optimize_for_generation(model, weights="int8")
     assert (logits_by_steps(model, ids) == 0).all()
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @torch.no_grad()
 def test_any_number_of_threads_and_way_to_read_gives_the_same(weights):
-    model, ids = make(torch.bfloat16 if weights == "bfloat16" else torch.float32), random_ids(1, 8)
-    if weights == "int8":
-        optimize_for_generation(model, weights="int8")
+    dtype = torch.bfloat16 if weights == "bfloat16" else torch.float32
+    model, ids = make(dtype, "int8" if weights == "int8" else None), random_ids(1, 8)
     results = []
     for threads in (1, 2, 3):
         for way in WAYS:
@@ -165,7 +154,8 @@ def test_what_it_cannot_compute():
     assert not can_compute(make().train())
     assert not can_compute(make().half())
     assert not can_compute(make().double())
-    assert not can_compute(random_model(ScratchGPTForCausalLM, hidden_act="relu").eval())
+    relu = random_model(ScratchGPTForCausalLM, hidden_act="relu").eval()
+    assert not can_compute(optimize_for_generation(relu))
     mixed = make(tie_word_embeddings=False)
     mixed.lm_head.to(torch.bfloat16)
     assert not can_compute(mixed)
@@ -202,6 +192,7 @@ def test_other_shapes_are_refused(change):
     model = make()
     change(model)
     assert not can_compute(model)
+    assert not can_compute(optimize_for_generation(restore(model)))
 
 
 def test_hooks_on_all_modules_are_seen():

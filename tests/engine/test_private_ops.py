@@ -53,15 +53,6 @@ def test_onednn_of_other_arguments_is_not_used(monkeypatch):
     private_ops.has_onednn.cache_clear()
 
 
-def test_a_tensor_of_its_own(without):
-    for names in ((), ("unsafe_view",)):
-        without(*names)
-        x = torch.randn(6, 4)
-        own = private_ops.as_new_tensor(x, (2, 3, 4))
-        assert torch.equal(own, x.view(2, 3, 4))
-        assert not own._is_view()
-
-
 def test_who_records(without):
     assert not private_ops.is_recorded()
     with FlopCounterMode(display=False):

@@ -44,7 +44,7 @@ def both(model, tokens, way=0, is_used=None):
     one, other = after_a_prompt(model, way), after_a_prompt(model, way)
     quick = [one.best_after(token[None, None]) for token in tokens]
     whole = [best_word(other.logits_after(token[None, None])[:, -1]) for token in tokens]
-    assert is_used in (None, one._scores is not None)
+    assert is_used in (None, one._most > 0)
     return torch.cat(quick).flatten().tolist(), torch.cat(whole).flatten().tolist()
 
 
@@ -179,8 +179,6 @@ def test_changed_weights_are_seen():
     before, whole = both(model, tokens)
     assert before == whole
     copied = copy.deepcopy(model)
-    shared = rough_of(model.lm_head).weight.data_ptr()
-    assert rough_of(copied.lm_head).weight.data_ptr() == shared
     model.lm_head.weight.neg_()
     assert rough_of(model.lm_head) is None
     quick, whole = both(model, tokens)
@@ -202,15 +200,8 @@ def test_a_copy_with_a_tied_head():
 
 
 @torch.no_grad()
-def test_a_bias_and_another_row_that_come_later_are_seen():
+def test_a_bias_that_comes_later_is_seen():
     model, tokens = make(), random_ids(4)
-    best = both(model, tokens)[1]
-    model.lm_head.weight.data[91] = 3 * model.lm_head.weight.data[best[0]]
-    assert rough_of(model.lm_head) is None
-    quick, whole = both(model, tokens)
-    assert quick == whole
-    assert whole[0] == 91
-    model = make()
     model.lm_head.bias = torch.nn.Parameter(1000 * torch.eye(97)[7])
     quick, whole = both(model, tokens)
     assert quick == whole == [7] * 4

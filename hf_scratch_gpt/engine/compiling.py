@@ -66,16 +66,12 @@ def _cache_folder() -> Path:
 
 def _key(compiler: list[str]) -> str:
     """A hash of all that the library depends on: sources, command, compiler and processor."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True)
-    if version.returncode:
-        raise OSError(f"{shlex.join(compiler)} does not tell its version")
-    with open("/proc/cpuinfo", "rb") as file:  # the first processor's lines
-        names = (b"vendor_id", b"cpu family", b"model", b"stepping", b"flags", b"Features", b"CPU")
-        processor = [line for line in iter(file.readline, b"\n") if line.startswith(names)]
-    if not processor:
-        raise OSError("/proc/cpuinfo does not tell the processor")
-    parts = [path.read_bytes() for path in _SOURCES]
-    parts += [shlex.join([*compiler, _FLAGS]).encode(), version.stdout, *processor]
+    # The compiler tells its version, and what it takes `native` for.
+    command = [*compiler, *_FLAGS.split(), "-v", "-E", "-x", "c++", os.devnull]
+    told = subprocess.run(command, capture_output=True)
+    if told.returncode:
+        raise OSError(f"{shlex.join(command)} failed")
+    parts = [*(path.read_bytes() for path in _SOURCES), shlex.join(command).encode(), told.stderr]
     return _digest(b"".join(hashlib.sha256(part).digest() for part in parts))
 
 

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .one_token import OneToken, best_word, can_compute
+from .one_token import OneToken, can_compute
 
 # What `generate` does not hand to a loop that it is given, and caches, which the C++ does not fill.
 _FOR_OTHER_LOOPS = (
@@ -111,7 +111,7 @@ def _write(
         scores = logits_processor(input_ids, logits[:, -1].float())
         if generation_config.do_sample:
             return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-        return best_word(scores)
+        return scores.argmax(-1, keepdim=True)
 
     wants_best = not (generation_config.do_sample or logits_processor)
     token = choose(logits)

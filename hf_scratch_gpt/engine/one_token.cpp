@@ -32,6 +32,7 @@ struct Model {
   Rough rough_head;
   int64_t heads, room, inner_size;  // room for so many tokens; the feed-forward's size
   int64_t way;                      // to read matrices; see `times`
+  Type type;                        // of keys and values, and of matrices if they are not int8
 };
 
 void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>& y) {
@@ -79,14 +80,14 @@ void attend(const float* query, const T* keys, const T* values, int64_t tokens, 
 // Weights are of type W, keys and values of type T; `position` tokens have been read before.
 // Returns the word that scores highest, if the rough head tells; or -1, and all `scores` (V).
 template <typename W, typename T>
-int64_t step(const Model& model, int64_t position, const float* embedded, float* scores,
-             int threads) {
+int64_t run(const Model& model, int64_t position, const float* embedded, float* scores,
+            int threads) {
   const int64_t hidden_size = model.head.columns, size = hidden_size / model.heads;
   std::vector<float> hidden(embedded, embedded + hidden_size);
   std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.inner_size);
   const int64_t way = model.way;
   const auto add = [&](int64_t row, float y) { hidden[row] += y; };
-  Found found(threads);
+  Found found;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> normalized(hidden_size), weights(position + 1), activated;
@@ -123,33 +124,30 @@ int64_t step(const Model& model, int64_t position, const float* embedded, float*
       multiply(model.head, Input<W>(normalized), way,
                [&](int64_t row, float y) { scores[row] = y; });
   }
-  return found.row();
+  return found.row;
 }
 
 }  // namespace
 
-// What Python calls, for weights of type W, keys and values of type T: a step, and one product by
-// itself, to see how fast its matrix is read.
-#define STEP(name, W, T)                                                                        \
-  int64_t step_##name(const Model* model, int64_t position, const float* embedded,              \
-                      float* scores, int threads) {                                             \
-    return step<W, T>(*model, position, embedded, scores, threads);                             \
-  }
-#define MULTIPLY(name, W)                                                                       \
-  int64_t multiply_##name(const Product* product, int64_t way, const float* x, float* y,        \
-                          int threads) {                                                        \
-    const std::vector<float> numbers(x, x + product->columns);                                  \
-    _Pragma("omp parallel num_threads(threads)")                                                \
-    multiply(*product, Input<W>(numbers), way, [&](int64_t row, float sum) { y[row] = sum; });  \
-    return 0;                                                                                   \
-  }
+// What Python calls: a step, as `run`.
+extern "C" int64_t step(const Model* model, int64_t position, const float* embedded, float* scores,
+                        int threads) {
+  const bool is_half = model->type == kBFloat16, is_int8 = model->head.type == kInt8;
+  const auto of_int8 = is_half ? run<int8_t, BFloat16> : run<int8_t, float>;
+  const auto of_floats = is_half ? run<BFloat16, BFloat16> : run<float, float>;
+  return (is_int8 ? of_int8 : of_floats)(*model, position, embedded, scores, threads);
+}
 
-extern "C" {
-STEP(float32, float, float)
-STEP(bfloat16, BFloat16, BFloat16)
-STEP(int8_float32, int8_t, float)
-STEP(int8_bfloat16, int8_t, BFloat16)
-MULTIPLY(float32, float)
-MULTIPLY(bfloat16, BFloat16)
-MULTIPLY(int8, int8_t)
+// One product by itself, to see how fast its matrix is read.
+extern "C" int64_t product(const Product* product, int64_t way, const float* x, float* y,
+                           int threads) {
+  const std::vector<float> numbers(x, x + product->columns);
+  const auto use = [&](int64_t row, float sum) { y[row] = sum; };
+#pragma omp parallel num_threads(threads)
+  switch (product->type) {
+    case kFloat32: multiply(*product, Input<float>(numbers), way, use); break;
+    case kBFloat16: multiply(*product, Input<BFloat16>(numbers), way, use); break;
+    case kInt8: multiply(*product, Input<int8_t>(numbers), way, use); break;
+  }
+  return 0;
 }

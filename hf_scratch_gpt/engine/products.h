@@ -16,11 +16,14 @@ namespace {  // one file is compiled
 
 using BFloat16 = uint16_t;  // the upper half of a float's bits
 
+enum Type : int64_t { kFloat32, kBFloat16, kInt8 };
+
 // y = W x + bias. The weight is (rows, columns); an int8 one is multiplied by each row's scale.
 struct Product {
   const void* weight;
   const float *scale, *bias;
   int64_t rows, columns;
+  Type type;
 };
 
 inline float wide(float number) { return number; }

@@ -16,7 +16,7 @@ from .loss import LossInPieces
 from .one_token import can_compute
 from .packed import Int8Linear, PackedFeedForward, PackedLinear
 from .products import fastest_way
-from .rough_head import keep_rough
+from .rough_head import RoughHead
 from .training import LeanAttention, LeanFeedForward, LeanLinear
 
 # Classes whose mathematics the engine knows, and what goes before them for generation and for
@@ -98,7 +98,7 @@ def _prepare_generation(model: Any, weights: str | None) -> None:
         compiled()
         _exchange(model, _GENERATION, Int8Linear if weights else None)
         if isinstance(model.lm_head, PackedLinear):
-            keep_rough(model.lm_head)
+            model.lm_head.rough = RoughHead.of(model.lm_head.weight)
     elif weights is not None:
         _quantize(model, weights)
     if not isinstance(model, FastGeneration):
@@ -199,21 +199,15 @@ def _is_ours(kind: type) -> bool:
     return any(_row(each) and each not in _TABLE for each in kind.__mro__)
 
 
-def _parts(model: nn.Module) -> Iterator[nn.Module]:
-    """Parts of `model` to exchange: ours, and the linear layers that ours hold.
+def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> None:
+    """Exchange ours, and the linear layers that ours hold, by the table; `linear` for its own.
 
     An adapter's layers, those that it wraps, and whatever else there is, stay as they are.
     """
-    for module in list(model.modules()):
-        if _is_ours(type(module)):
-            yield module
-            yield from (child for child in module.children() if type(child) is nn.Linear)
-
-
-def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> None:
-    """Exchange all parts of `model` that the table has better ones for; `linear` for its own."""
     part: Any
-    for part in list(_parts(model)):
+    ours = [module for module in model.modules() if _is_ours(type(module))]
+    held = [part for module in ours for part in module.children() if type(part) is nn.Linear]
+    for part in ours + held:
         faster = (_row(type(part)) or (None, None))[purpose]
         if type(part) is nn.Linear:
             faster = (linear or faster) if type(part.weight) is nn.Parameter else None

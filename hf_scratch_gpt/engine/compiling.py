@@ -43,7 +43,7 @@ def compiled() -> ctypes.CDLL:
         folder, key = _cache_folder(), _key(compiler)
         return _kept(folder, key) or _compile(compiler, folder, key)
     # Others may write there, programs may not be run from there, or the system does not tell.
-    except (OSError, RuntimeError, AttributeError):
+    except (OSError, subprocess.SubprocessError, RuntimeError, AttributeError):
         return _compile(compiler)
 
 
@@ -68,10 +68,8 @@ def _key(compiler: list[str]) -> str:
     """A hash of all that the library depends on: sources, command, compiler and processor."""
     # The compiler tells its version, and what it takes `native` for.
     command = [*compiler, *_FLAGS.split(), "-v", "-E", "-x", "c++", os.devnull]
-    told = subprocess.run(command, capture_output=True)
-    if told.returncode:
-        raise OSError(f"{shlex.join(command)} failed")
-    parts = [*(path.read_bytes() for path in _SOURCES), shlex.join(command).encode(), told.stderr]
+    told = subprocess.run(command, capture_output=True, check=True).stderr
+    parts = [*(path.read_bytes() for path in _SOURCES), shlex.join(command).encode(), told]
     return _digest(b"".join(hashlib.sha256(part).digest() for part in parts))
 
 

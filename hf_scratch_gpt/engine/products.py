@@ -61,14 +61,9 @@ def call(function: str, given: Any, number: int, x: torch.Tensor, y: torch.Tenso
     """Call one of the C++'s functions, on a structure, a number and two vectors of float32."""
     by_name = compiled()[function]
     by_name.restype = INTEGER
-    result: int = by_name(
-        ctypes.byref(given),
-        INTEGER(number),
-        POINTER(x.data_ptr()),
-        POINTER(y.data_ptr()),
-        ctypes.c_int(torch.get_num_threads()),
-    )
-    return result
+    vectors = POINTER(x.data_ptr()), POINTER(y.data_ptr())
+    threads = ctypes.c_int(torch.get_num_threads())
+    return int(by_name(ctypes.byref(given), INTEGER(number), *vectors, threads))
 
 
 def fastest_way(layers: list[nn.Linear]) -> int:

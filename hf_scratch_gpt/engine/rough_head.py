@@ -23,7 +23,7 @@ Rough = structure("Rough", product=Product, errors=POINTER, lengths=POINTER, mos
 
 
 class RoughHead(MadeOf):
-    """A matrix in int8, less the mean of its rows; see `find_best` in `rough_head.h`.
+    """A matrix in int8, less the mean of its rows; see `find_best` in `one_token.cpp`.
 
     The mean adds the same to all scores, and is large where weights have been trained. As in
     `Int8Linear`, the largest number of a row becomes 127 or -127.

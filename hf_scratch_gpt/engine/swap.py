@@ -3,7 +3,6 @@
 import copyreg
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,11 +35,7 @@ _TABLE: dict[str | type, tuple[type | None, type | None]] = {
 }
 _GENERATION, _TRAINING = range(2)
 # Formats of weights, and what torchao calls them.
-FORMATS = {
-    "int8": "Int8WeightOnlyConfig",
-    "int4": "Int4WeightOnlyConfig",
-    "fp8": "Float8WeightOnlyConfig",
-}
+FORMATS = {"int8": "Int8", "int4": "Int4", "fp8": "Float8"}
 
 
 def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) -> PreTrainedModel:
@@ -103,16 +98,16 @@ def _prepare_generation(model: Any, weights: str | None) -> None:
         _quantize(model, weights)
     if not isinstance(model, FastGeneration):
         model.__class__ = _before_class(FastGeneration, type(model))
-    classes = frozenset(type(part) for part in model.modules())
+    classes = {type(part) for part in model.modules()}
     if model.device.type == "cpu" and all(map(_row, classes)):
         with torch.device("meta"):
             fresh = type(model)(model.config)
         named = fresh.named_parameters(remove_duplicate=False)  # int8 unties a tied head
         shapes = {name: parameter.shape for name, parameter in named}
-        model.optimized = Optimized(weights, classes, shapes)
+        model.optimized.known, model.optimized.shapes = classes, shapes
     if can_compute(model):
         layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
-        model.optimized = replace(model.optimized, way=fastest_way(layers))
+        model.optimized.way = fastest_way(layers)
 
 
 def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
@@ -247,4 +242,4 @@ def _quantize(model: PreTrainedModel, weights: str) -> None:
         raise ImportError(
             f"weights={weights!r} needs torchao on a GPU; pip install torchao"
         ) from None
-    quantization.quantize_(model, getattr(quantization, FORMATS[weights])())
+    quantization.quantize_(model, getattr(quantization, f"{FORMATS[weights]}WeightOnlyConfig")())

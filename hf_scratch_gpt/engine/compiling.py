@@ -43,7 +43,7 @@ def compiled() -> ctypes.CDLL:
         folder, key = _cache_folder(), _key(compiler)
         return _kept(folder, key) or _compile(compiler, folder, key)
     # Others may write there, programs may not be run from there, or the system does not tell.
-    except (OSError, RuntimeError, AttributeError):
+    except (OSError, subprocess.SubprocessError, RuntimeError, AttributeError):
         return _compile(compiler)
 
 
@@ -66,16 +66,10 @@ def _cache_folder() -> Path:
 
 def _key(compiler: list[str]) -> str:
     """A hash of all that the library depends on: sources, command, compiler and processor."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True)
-    if version.returncode:
-        raise OSError(f"{shlex.join(compiler)} does not tell its version")
-    with open("/proc/cpuinfo", "rb") as file:  # the first processor's lines
-        names = (b"vendor_id", b"cpu family", b"model", b"stepping", b"flags", b"Features", b"CPU")
-        processor = [line for line in iter(file.readline, b"\n") if line.startswith(names)]
-    if not processor:
-        raise OSError("/proc/cpuinfo does not tell the processor")
-    parts = [path.read_bytes() for path in _SOURCES]
-    parts += [shlex.join([*compiler, _FLAGS]).encode(), version.stdout, *processor]
+    # The compiler tells its version, and what it takes `native` for.
+    command = [*compiler, *_FLAGS.split(), "-v", "-E", "-x", "c++", os.devnull]
+    told = subprocess.run(command, capture_output=True, check=True).stderr
+    parts = [*(path.read_bytes() for path in _SOURCES), shlex.join(command).encode(), told]
     return _digest(b"".join(hashlib.sha256(part).digest() for part in parts))
 
 

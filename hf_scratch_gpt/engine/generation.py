@@ -1,5 +1,6 @@
 """`generate` of an optimized model: one text, by greedy search or sampling, goes by the C++."""
 
+import copy
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .one_token import OneToken, best_word, can_compute
+from .one_token import OneToken, can_compute
 
 # What `generate` does not hand to a loop that it is given, and caches, which the C++ does not fill.
 _FOR_OTHER_LOOPS = (
@@ -24,13 +25,13 @@ _FOR_OTHER_LOOPS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Optimized:
     """What an optimized model keeps about itself."""
 
     weight_format: str | None = None  # if its weights were quantized
     # If the C++ knows its mathematics: classes of its parts, and shapes by its configuration.
-    known: frozenset[type] = frozenset()
+    known: set[type] = field(default_factory=set)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     way: int = 0  # in which the C++ reads its matrices; see `fastest_way`
 
@@ -43,47 +44,49 @@ class FastGeneration(GenerationMixin):
     """Goes before a language model's own class: of one text 1.7 to 3.2 times as fast."""
 
     optimized: Optimized
-    config: Any
-    generation_config: Any
-    device: Any
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`, with a loop of its own where that gives the same."""
+        model: Any = self
         ids = kwargs.get("input_ids", inputs)
-        is_own_loop = all(kwargs.get(name) is None for name in _FOR_OTHER_LOOPS)
-        if self.device.type != "cpu":
-            given = args[0] if args else kwargs.get("generation_config")
-            settings = given, self.generation_config
-            if is_own_loop and not any(getattr(s, "cache_implementation", None) for s in settings):
-                # transformers compiles steps over such a cache by itself
-                room = self.config.max_position_embeddings
-                kwargs = {"cache_implementation": "static", "max_cache_len": room} | kwargs
+        if len(args) > 1 or any(kwargs.get(name) is not None for name in _FOR_OTHER_LOOPS):
+            return super().generate(inputs, *args, **kwargs)
+        if model.device.type != "cpu":
+            args, kwargs = _with_static_cache(model, args, kwargs)
         elif (
-            is_own_loop
-            and len(args) <= 1  # a generation config
-            and (ids is None or len(ids) == 1)
+            (ids is None or len(ids) == 1)
             and not torch.is_autocast_enabled("cpu")
-            and can_compute(self)
+            and can_compute(model)
         ):
             # The loop has the streamer to itself, as it may turn out not to suit.
-            apart = ("streamer", "custom_generate")
-            others = {name: given for name, given in kwargs.items() if name not in apart}
             loop = functools.partial(_write, streamer=kwargs.get("streamer"))
+            given = kwargs | {"streamer": None, "custom_generate": loop}
             try:
-                return super().generate(inputs, *args, custom_generate=loop, **others)
+                return super().generate(inputs, *args, **given)
             except _Unsuited:
                 pass
         return super().generate(inputs, *args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as before; weights in another format cannot be saved."""
-        if self.optimized.weight_format is not None:
-            raise ValueError(
-                f"the weights are in {self.optimized.weight_format}; save the model before it is "
-                "optimized"
-            )
+        weights = self.optimized.weight_format
+        if weights is not None:
+            raise ValueError(f"the weights are in {weights}; save the model before it is optimized")
         super().save_pretrained(*args, **kwargs)
+
+
+def _with_static_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arguments of `generate`, with a cache over which transformers compiles steps by itself."""
+    room = model.config.max_position_embeddings
+    static = {"cache_implementation": "static", "max_cache_len": room}
+    given = args[0] if args else kwargs.get("generation_config")
+    if given is None:
+        return args, static | kwargs
+    settings = copy.deepcopy(given)
+    if settings.cache_implementation is None:
+        vars(settings).update(static)
+    return (), kwargs | {"generation_config": settings}
 
 
 def _write(
@@ -105,13 +108,13 @@ def _write(
         streamer.put(input_ids.cpu())
     cache = model_kwargs["cache"]
     logits = model(input_ids, cache=cache, logits_to_keep=1).logits
-    one_token = OneToken(model, cache, model.optimized.way)
+    reader = OneToken(model, cache, model.optimized.way)
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
         scores = logits_processor(input_ids, logits[:, -1].float())
         if generation_config.do_sample:
             return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-        return best_word(scores)
+        return scores.argmax(-1, keepdim=True)
 
     wants_best = not (generation_config.do_sample or logits_processor)
     token = choose(logits)
@@ -121,8 +124,7 @@ def _write(
             streamer.put(token[0])
         if stopping_criteria(input_ids, None).all():
             break
-        best = one_token.best_after(token) if wants_best else None
-        token = choose(one_token.logits_after(token)) if best is None else best
+        token = reader.best_after(token) if wants_best else choose(reader.logits_after(token))
     if streamer is not None:
         streamer.end()
     return input_ids

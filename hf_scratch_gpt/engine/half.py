@@ -27,7 +27,7 @@ _SLOW_DTYPES = frozenset(
     dtype for dtype, needed in _NEEDS.items() if IS_X86 and not _HAS.get(needed, False)
 )
 # Intel's AMX, which multiplies tiles of bfloat16 by one another.
-HAS_MATRIX_UNIT: bool = _HAS.get("amx_bf16", False)
+_HAS_MATRIX_UNIT: bool = _HAS.get("amx_bf16", False)
 # torch multiplies float32 by MKL, which is at its best on Intel's processors.
 _IS_AHEAD = not _HAS.get("cpu_name", "").startswith("Intel")
 
@@ -55,7 +55,7 @@ def is_onednn_ahead(x: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     Beside a matrix unit it is so in bfloat16 with a bias, which torch adds in a pass of its own:
     4.5 ms for 7.7.
     """
-    is_ahead = _IS_AHEAD if x.dtype == torch.float32 else bias is not None and HAS_MATRIX_UNIT
+    is_ahead = _IS_AHEAD if x.dtype == torch.float32 else bias is not None and _HAS_MATRIX_UNIT
     has_type = x.dtype in (torch.float32, torch.bfloat16)
     return is_ahead and has_type and bool(mkldnn.enabled) and has_onednn()
 
@@ -73,15 +73,6 @@ def is_ordinary(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         and weight.layout == torch.strided
         and x.shape[-1:] == weight.shape[-1:]
         and (bias is None or (bias.dtype, bias.shape) == (weight.dtype, weight.shape[:1]))
-    )
-
-
-def is_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether no gradient is wanted, and autocast changes no type."""
-    return (
-        not torch.is_grad_enabled()
-        and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -5,7 +5,9 @@
 //
 // C hidden, H heads, D head size, S tokens so far, V words
 
-#include "rough_head.h"
+#include <limits>
+
+#include "products.h"
 
 namespace {
 
@@ -24,6 +26,14 @@ struct Block {
   bool tanh;  // GELU's form
 };
 
+// The head in int8, less the mean of its rows. More than `most` rows of the head do not pay; if
+// that is 0, there is no rough head.
+struct Rough {
+  Product product;
+  const float *errors, *lengths;  // (V)
+  int64_t most;
+};
+
 struct Model {
   const Block* blocks;
   int64_t layers;
@@ -32,6 +42,7 @@ struct Model {
   Rough rough_head;
   int64_t heads, room, inner_size;  // room for so many tokens; the feed-forward's size
   int64_t way;                      // to read matrices; see `times`
+  Type type;                        // of keys and values, and of matrices if they are not int8
 };
 
 void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>& y) {
@@ -76,17 +87,78 @@ void attend(const float* query, const T* keys, const T* values, int64_t tokens, 
   }
 }
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// What all threads have found so far.
+struct Found {
+  float lower = -kInfinity;  // what some row's score reaches for sure
+  int64_t count = 0;         // of rows that may be best
+  float score = -kInfinity;
+  int64_t row = -1;  // the best, of several the first
+};
+
+// Find the best row of the head by which to multiply x; all threads call this together. False if
+// that does not pay, or the bound cannot tell. `scores` (V) is memory to use.
+//
+// The rough head gives each score, less what is the same for all words, but for an error. That is
+// at most the length of x times that of the row's error, and the length of the rounded row times
+// that of the error of x (Cauchy-Schwarz inequality); `errors` has room for the rounding of sums.
+// A row that cannot reach `lower` is left out. The few that remain are multiplied by the head.
+template <typename W>
+bool find_best(const Rough& rough, const Product& head, const std::vector<float>& x, int64_t way,
+               float* scores, Found& found) {
+  if (!rough.most) return false;
+  const Input<int8_t> integers(x);
+  double squares = 0, squares_off = 0;  // those of floats may be too small for a float
+  for (size_t i = 0; i < x.size(); i++) {
+    const double error = x[i] - integers.x[i] * double(integers.scale);
+    squares += double(x[i]) * x[i];
+    squares_off += error * error;
+  }
+  // A little more, for what their own rounding may lose.
+  const float length = std::sqrt(squares) * 1.001, off = std::sqrt(squares_off) * 1.001;
+  const auto bound = [&](int64_t row) {
+    return length * rough.errors[row] + off * rough.lengths[row];
+  };
+  Found own;
+  multiply(rough.product, integers, way, [&](int64_t row, float y) {
+    scores[row] = y;
+    const float error = bound(row);  // of numbers that are too small or too large it cannot tell
+    const bool can_tell = length > 1e-8f && error < 1e30f && std::isfinite(y);
+    own.lower = std::max(own.lower, can_tell ? y - error : kInfinity);
+  });
+#pragma omp critical
+  found.lower = std::max(found.lower, own.lower);
+#pragma omp barrier
+  const auto may_be_best = [&](int64_t row) { return scores[row] + bound(row) >= found.lower; };
+  const auto [start, end] = share_of(head);
+  for (int64_t row = start; row < end; row++) own.count += may_be_best(row);
+#pragma omp atomic
+  found.count += own.count;
+#pragma omp barrier
+  if (!std::isfinite(found.lower) || found.count > rough.most) return false;
+  const Input<W> exact(x);
+  for (int64_t row = start; row < end; row++) {
+    if (!may_be_best(row)) continue;
+    float y;
+    times(0, exact, head, row, 0, &y);
+#pragma omp critical
+    if (y > found.score || (y == found.score && row < found.row)) found.score = y, found.row = row;
+  }
+  return true;
+}
+
 // Weights are of type W, keys and values of type T; `position` tokens have been read before.
 // Returns the word that scores highest, if the rough head tells; or -1, and all `scores` (V).
 template <typename W, typename T>
-int64_t step(const Model& model, int64_t position, const float* embedded, float* scores,
-             int threads) {
+int64_t run(const Model& model, int64_t position, const float* embedded, float* scores,
+            int threads) {
   const int64_t hidden_size = model.head.columns, size = hidden_size / model.heads;
   std::vector<float> hidden(embedded, embedded + hidden_size);
   std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.inner_size);
   const int64_t way = model.way;
   const auto add = [&](int64_t row, float y) { hidden[row] += y; };
-  Found found(threads);
+  Found found;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> normalized(hidden_size), weights(position + 1), activated;
@@ -123,33 +195,30 @@ int64_t step(const Model& model, int64_t position, const float* embedded, float*
       multiply(model.head, Input<W>(normalized), way,
                [&](int64_t row, float y) { scores[row] = y; });
   }
-  return found.row();
+  return found.row;
 }
 
 }  // namespace
 
-// What Python calls, for weights of type W, keys and values of type T: a step, and one product by
-// itself, to see how fast its matrix is read.
-#define STEP(name, W, T)                                                                        \
-  int64_t step_##name(const Model* model, int64_t position, const float* embedded,              \
-                      float* scores, int threads) {                                             \
-    return step<W, T>(*model, position, embedded, scores, threads);                             \
-  }
-#define MULTIPLY(name, W)                                                                       \
-  int64_t multiply_##name(const Product* product, int64_t way, const float* x, float* y,        \
-                          int threads) {                                                        \
-    const std::vector<float> numbers(x, x + product->columns);                                  \
-    _Pragma("omp parallel num_threads(threads)")                                                \
-    multiply(*product, Input<W>(numbers), way, [&](int64_t row, float sum) { y[row] = sum; });  \
-    return 0;                                                                                   \
-  }
+// What Python calls: a step, as `run`.
+extern "C" int64_t step(const Model* model, int64_t position, const float* embedded, float* scores,
+                        int threads) {
+  const bool is_half = model->type == kBFloat16, is_int8 = model->head.type == kInt8;
+  const auto of_int8 = is_half ? run<int8_t, BFloat16> : run<int8_t, float>;
+  const auto of_floats = is_half ? run<BFloat16, BFloat16> : run<float, float>;
+  return (is_int8 ? of_int8 : of_floats)(*model, position, embedded, scores, threads);
+}
 
-extern "C" {
-STEP(float32, float, float)
-STEP(bfloat16, BFloat16, BFloat16)
-STEP(int8_float32, int8_t, float)
-STEP(int8_bfloat16, int8_t, BFloat16)
-MULTIPLY(float32, float)
-MULTIPLY(bfloat16, BFloat16)
-MULTIPLY(int8, int8_t)
+// One product by itself, to see how fast its matrix is read.
+extern "C" int64_t product(const Product* product, int64_t way, const float* x, float* y,
+                           int threads) {
+  const std::vector<float> numbers(x, x + product->columns);
+  const auto use = [&](int64_t row, float sum) { y[row] = sum; };
+#pragma omp parallel num_threads(threads)
+  switch (product->type) {
+    case kFloat32: multiply(*product, Input<float>(numbers), way, use); break;
+    case kBFloat16: multiply(*product, Input<BFloat16>(numbers), way, use); break;
+    case kInt8: multiply(*product, Input<int8_t>(numbers), way, use); break;
+  }
+  return 0;
 }

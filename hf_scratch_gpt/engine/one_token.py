@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from ..model.positions_scratch_gpt import raise_past_limit
 from .private_ops import is_watched
-from .products import DTYPES, INTEGER, POINTER, Product, address_of, call, product_of, structure
+from .products import INTEGER, POINTER, TYPES, Product, address_of, call, product_of, structure
 from .rough_head import Rough, rough_of
 
 
@@ -28,7 +28,7 @@ def can_compute(model: Any) -> bool:
         and {name: p.shape for name, p in parameters.items()} == model.optimized.shapes
         and all(p.is_cpu and type(p) in (nn.Parameter, torch.Tensor) for p in parameters.values())
         and dtypes in ({model.dtype}, {torch.int8})
-        and model.dtype in DTYPES
+        and model.dtype in TYPES
         and model.config._attn_implementation in ("eager", "sdpa")
     )
 
@@ -52,18 +52,12 @@ _Model = structure(
     norm=_Norm,
     head=Product,
     rough_head=Rough,
-    **dict.fromkeys(("heads", "room", "inner_size", "way"), INTEGER),
+    **dict.fromkeys(("heads", "room", "inner_size", "way", "type"), INTEGER),
 )
 
 
 def _norm(norm: Any, held: list[Any]) -> Any:
     return _Norm(address_of(norm.weight, held), address_of(norm.bias, held), norm.eps)
-
-
-def best_word(scores: torch.Tensor) -> torch.Tensor:
-    """Which of `scores` (B, V) is the highest, of several the first, (B, 1); of a NaN, that."""
-    # torch takes several times as long. In float64, as numpy has no bfloat16.
-    return torch.from_numpy(scores.double().numpy().argmax(-1, keepdims=True))
 
 
 class OneToken:
@@ -98,10 +92,9 @@ class OneToken:
             room=config.max_position_embeddings,
             inner_size=config.intermediate_size,
             way=way,
+            type=TYPES[model.dtype],
         )
         self._most = self._structure.rough_head.most  # 0 if the rough head is of no use
-        weights = "int8_" if model.lm_head.weight.dtype == torch.int8 else ""
-        self._function = f"step_{weights}{DTYPES[model.dtype]}"
 
     def logits_after(self, token: torch.Tensor) -> torch.Tensor:
         """Read `token` (1, 1); return the scores of the next one, (1, 1, V), in float32."""
@@ -113,7 +106,7 @@ class OneToken:
         if word >= 0:
             return torch.tensor([[word]], device="cpu")
         self._most = 0  # the next ones would probably be as this one
-        return best_word(scores[:, -1])
+        return scores[:, -1].argmax(-1, keepdim=True)
 
     def _read(self, token: torch.Tensor, most: int) -> tuple[int, torch.Tensor]:
         """The best word, or -1 and all scores (1, 1, V); `most` is that of `Rough`."""
@@ -124,7 +117,7 @@ class OneToken:
         embedded = (model.embed_tokens(token) + model.embed_positions(position)).float()
         scores = torch.empty(1, 1, self._structure.head.rows, dtype=torch.float32, device="cpu")
         self._structure.rough_head.most = most
-        word = call(self._function, self._structure, self._length, embedded, scores)
+        word = call("step", self._structure, self._length, embedded, scores)
         self._length += 1
         return word, scores
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .half import IS_X86, is_inference, is_ordinary, is_slow, multiply, product
+from .half import IS_X86, is_ordinary, is_slow, multiply, product
 from .private_ops import has_onednn, is_watched, onednn_linear, pack, version_of
 
 _SAMPLED = 64  # numbers of a weight that are compared
@@ -21,21 +21,17 @@ _PIECE = 2**22  # numbers that are turned back from int8 at a time
 
 
 class MadeOf:
-    """What was made of a weight, and can tell whether that is still the same.
+    """What `of` has made of a weight, and can tell whether that is still the same.
 
     A change of a few numbers by way of `weight.data` may go unseen. In a copy or a pickle of a
     model it is made anew.
     """
 
+    of: Any  # the weight's, or None if there can be none
+
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weakref.ref(weight)
-        self._state = _state(weight)
-        self._sample = _sample(weight).clone()
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Any:
-        """That of `weight` (D, C); None if there can be none."""
-        return cls(weight)
+        self._state, self._sample = _state(weight), _sample(weight).clone()
 
     def is_of(self, weight: torch.Tensor | None) -> bool:
         """Whether it was made of `weight`, which has not changed."""
@@ -79,7 +75,7 @@ class Packed(MadeOf):
 class PackedLinear(nn.Linear):
     """Multiplies by a packed copy of its weight; half precision that is slow, in float32."""
 
-    packed: Packed | None
+    packed: Any
 
     def prepare(self) -> None:
         """Pack the weight."""
@@ -88,38 +84,34 @@ class PackedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
         if self.is_packed_for(input):
-            assert self.packed is not None, "asked just now"
             return onednn_linear(input, self.packed.weight, self.bias)
-        is_slower = is_slow(input.dtype) and is_inference(input, self.weight)
-        if is_slower and is_ordinary(input, self.weight, self.bias):
+        if is_slow(input.dtype) and self._only_multiplies(input):
             return product(input, self.weight, self.bias)
         return super().forward(input)
 
     def is_packed_for(self, input: torch.Tensor) -> bool:
-        """Whether the copy can be used: not if the weight has changed, or a gradient is wanted."""
-        return (
-            self.packed is not None
-            and is_inference(input, self.weight)
-            and is_ordinary(input, self.weight, self.bias)
-            and self.packed.is_of(self.weight)
-        )
+        """Whether the packed copy can be used: not if the weight has changed."""
+        is_still_right = self.packed is not None and self.packed.is_of(self.weight)
+        return is_still_right and self._only_multiplies(input)
+
+    def _only_multiplies(self, input: torch.Tensor) -> bool:
+        """Whether no gradient is wanted, autocast changes no type, and all is torch's own."""
+        changes = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        is_alike = input.dtype == self.weight.dtype
+        return is_alike and not changes and is_ordinary(input, self.weight, self.bias)
 
 
 class PackedFeedForward(nn.Module):
     """Lets oneDNN compute GELU while it writes the first layer's product."""
 
-    up_proj: Any
-    activation: Any
-    down_proj: Any
-    dropout: Any
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C)."""
         up, form = self.up_proj, fused_gelu(self.activation)
         can_fuse = form is not None and isinstance(up, PackedLinear) and not is_watched(up)
-        if not can_fuse or not up.is_packed_for(hidden_states):
-            return super().forward(hidden_states)
-        inner = onednn_linear(hidden_states, up.packed.weight, up.bias, gelu=form)
+        if can_fuse and up.is_packed_for(hidden_states):
+            inner = onednn_linear(hidden_states, up.packed.weight, up.bias, gelu=form)
+        else:
+            inner = self.activation(up(hidden_states))
         return self.dropout(self.down_proj(inner))
 
 
@@ -149,8 +141,8 @@ class Int8Linear(nn.Linear):
         self.weight = nn.Parameter(quantized, requires_grad=False)  # not in place: it may be tied
         # Not a buffer: `model.half()` would leave it too few digits.
         self.weight_scale = scale
-        self.register_state_dict_pre_hook(_refuse_to_save)
-        self.register_load_state_dict_pre_hook(_refuse_to_load)
+        self.register_state_dict_pre_hook(_refuse)
+        self.register_load_state_dict_pre_hook(_refuse)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D), by a piece of the weight at a time."""
@@ -168,9 +160,5 @@ class Int8Linear(nn.Linear):
         return product.to(input.dtype)
 
 
-def _refuse_to_save(*args: Any) -> None:
-    raise ValueError("the weights are in int8; save the model before it is optimized")
-
-
-def _refuse_to_load(*args: Any) -> None:
-    raise ValueError("the weights are in int8; load before the model is optimized")
+def _refuse(*args: Any) -> None:
+    raise ValueError("the weights are in int8; save and load the model before it is optimized")

@@ -16,11 +16,14 @@ namespace {  // one file is compiled
 
 using BFloat16 = uint16_t;  // the upper half of a float's bits
 
+enum Type : int64_t { kFloat32, kBFloat16, kInt8 };
+
 // y = W x + bias. The weight is (rows, columns); an int8 one is multiplied by each row's scale.
 struct Product {
   const void* weight;
   const float *scale, *bias;
   int64_t rows, columns;
+  Type type;
 };
 
 inline float wide(float number) { return number; }
@@ -54,22 +57,18 @@ template <int N, bool ahead, typename T>
   constexpr int64_t kWidth = 16;  // so many sums at once keep a processor busy
   constexpr int64_t kStep = kLine / sizeof(T);
   float parts[N][kWidth] = {};
-  const auto add = [&](int n, int64_t i) {
-    for (int64_t j = 0; j < kWidth; j++) parts[n][j] += x[i + j] * wide(y[n * distance + i + j]);
-  };
-  const int64_t whole = count / kWidth * kWidth, lines = count / kStep * kStep;
+  const int64_t lines = count / kStep * kStep;
   for (int64_t i = 0; i < lines; i += kStep)
     for (int n = 0; n < N; n++) {
       ask_ahead<ahead>(&y[n * distance + i]);
-      for (int64_t j = 0; j < kStep; j += kWidth) add(n, i + j);
+      for (int64_t j = i; j < i + kStep; j += kWidth)
+        for (int64_t k = 0; k < kWidth; k++) parts[n][k] += x[j + k] * wide(y[n * distance + j + k]);
     }
-  for (int64_t i = lines; i < whole; i += kWidth)
-    for (int n = 0; n < N; n++) add(n, i);
   for (int n = 0; n < N; n++) {
     for (int64_t width = kWidth / 2; width > 0; width /= 2)
       for (int64_t j = 0; j < width; j++) parts[n][j] += parts[n][width + j];
     sums[n] = parts[n][0];
-    for (int64_t i = whole; i < count; i++) sums[n] += x[i] * wide(y[n * distance + i]);
+    for (int64_t i = lines; i < count; i++) sums[n] += x[i] * wide(y[n * distance + i]);
   }
 }
 

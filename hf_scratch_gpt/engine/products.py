@@ -14,7 +14,7 @@ from .compiling import compiled
 WAYS = range(4)
 _TRIALS = 3  # of each way; the fastest counts
 _ENOUGH = 2**28  # bytes of matrices to try ways on
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # numbers of the C++'s `Type`
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -24,7 +24,9 @@ def structure(name: str, **fields: Any) -> Any:
 
 
 Product = structure(
-    "Product", weight=POINTER, scale=POINTER, bias=POINTER, rows=INTEGER, columns=INTEGER
+    "Product",
+    **dict.fromkeys(("weight", "scale", "bias"), POINTER),
+    **dict.fromkeys(("rows", "columns", "type"), INTEGER),
 )
 
 
@@ -35,7 +37,7 @@ def product_of(linear: Any, held: list[Any]) -> Any:
     is_int8 = weight.dtype == torch.int8
     scale = address_of(linear.weight_scale, held) if is_int8 else None
     bias = None if linear.bias is None else address_of(linear.bias, held)
-    return Product(weight.data_ptr(), scale, bias, *weight.shape)
+    return Product(weight.data_ptr(), scale, bias, *weight.shape, TYPES[weight.dtype])
 
 
 def address_of(numbers: torch.Tensor, held: list[Any]) -> int:
@@ -51,7 +53,7 @@ def multiply_seconds(linear: nn.Linear, way: int) -> float:
     x = torch.ones(product.columns, dtype=torch.float32, device="cpu")
     y = torch.empty(product.rows, dtype=torch.float32, device="cpu")
     start = time.perf_counter()
-    call(f"multiply_{DTYPES.get(linear.weight.dtype, 'int8')}", product, way, x, y)
+    call("product", product, way, x, y)
     return time.perf_counter() - start
 
 
@@ -59,14 +61,9 @@ def call(function: str, given: Any, number: int, x: torch.Tensor, y: torch.Tenso
     """Call one of the C++'s functions, on a structure, a number and two vectors of float32."""
     by_name = compiled()[function]
     by_name.restype = INTEGER
-    result: int = by_name(
-        ctypes.byref(given),
-        INTEGER(number),
-        POINTER(x.data_ptr()),
-        POINTER(y.data_ptr()),
-        ctypes.c_int(torch.get_num_threads()),
-    )
-    return result
+    vectors = POINTER(x.data_ptr()), POINTER(y.data_ptr())
+    threads = ctypes.c_int(torch.get_num_threads())
+    return int(by_name(ctypes.byref(given), INTEGER(number), *vectors, threads))
 
 
 def fastest_way(layers: list[nn.Linear]) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .packed import MadeOf
-from .products import DTYPES, INTEGER, POINTER, Product, structure
+from .products import INTEGER, POINTER, TYPES, Product, structure
 
 _PIECE = 2**17  # numbers that are rounded at a time, which a cache holds
 _SMALLEST = 1e-30  # what the largest number of a row counts as, at least
@@ -23,7 +23,7 @@ Rough = structure("Rough", product=Product, errors=POINTER, lengths=POINTER, mos
 
 
 class RoughHead(MadeOf):
-    """A matrix in int8, less the mean of its rows; see `find_best` in `rough_head.h`.
+    """A matrix in int8, less the mean of its rows; see `find_best` in `one_token.cpp`.
 
     The mean adds the same to all scores, and is large where weights have been trained. As in
     `Int8Linear`, the largest number of a row becomes 127 or -127.
@@ -42,13 +42,14 @@ class RoughHead(MadeOf):
     @classmethod
     def of(cls, weight: torch.Tensor) -> Any:
         """None if it has another data type, or numbers that are NaN, infinite or too large."""
-        made = cls(weight) if weight.dtype in DTYPES else None
+        made = cls(weight) if weight.dtype in TYPES else None
         return made if made and bool(made.errors.isfinite().all()) else None
 
     def as_structure(self) -> Any:
         """For the C++; it points into this object."""
         rows, columns = self.weight.shape
-        product = Product(self.weight.data_ptr(), self.scale.data_ptr(), None, rows, columns)
+        addresses = self.weight.data_ptr(), self.scale.data_ptr(), None
+        product = Product(*addresses, rows, columns, TYPES[torch.int8])
         errors, lengths = self.errors.data_ptr(), self.lengths.data_ptr()
         return Rough(product, errors, lengths, int(rows * _MOST))
 
@@ -74,12 +75,7 @@ def _rounded(
     return rounded.to(torch.int8), scale, error.float() * 1.001 + 1e-24, length.float() * 1.001
 
 
-def keep_rough(head: Any) -> None:
-    """Make that of `head`, and keep it there; not if it has a bias."""
-    head.rough = None if head.bias is not None else RoughHead.of(head.weight)
-
-
 def rough_of(head: nn.Linear) -> RoughHead | None:
-    """What `keep_rough` has kept, if `head` is still the same."""
+    """What was made of `head` and is kept there, if its weight is still the same."""
     rough = vars(head).get("rough")
-    return rough if rough and head.bias is None and rough.is_of(head.weight) else None
+    return rough if rough and rough.is_of(head.weight) else None

@@ -3,7 +3,6 @@
 import copyreg
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from .loss import LossInPieces
 from .one_token import can_compute
 from .packed import Int8Linear, PackedFeedForward, PackedLinear
 from .products import fastest_way
-from .rough_head import keep_rough
+from .rough_head import RoughHead
 from .training import LeanAttention, LeanFeedForward, LeanLinear
 
 # Classes whose mathematics the engine knows, and what goes before them for generation and for
@@ -36,11 +35,7 @@ _TABLE: dict[str | type, tuple[type | None, type | None]] = {
 }
 _GENERATION, _TRAINING = range(2)
 # Formats of weights, and what torchao calls them.
-FORMATS = {
-    "int8": "Int8WeightOnlyConfig",
-    "int4": "Int4WeightOnlyConfig",
-    "fp8": "Float8WeightOnlyConfig",
-}
+FORMATS = {"int8": "Int8", "int4": "Int4", "fp8": "Float8"}
 
 
 def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) -> PreTrainedModel:
@@ -98,21 +93,21 @@ def _prepare_generation(model: Any, weights: str | None) -> None:
         compiled()
         _exchange(model, _GENERATION, Int8Linear if weights else None)
         if isinstance(model.lm_head, PackedLinear):
-            keep_rough(model.lm_head)
+            model.lm_head.rough = RoughHead.of(model.lm_head.weight)
     elif weights is not None:
         _quantize(model, weights)
     if not isinstance(model, FastGeneration):
         model.__class__ = _before_class(FastGeneration, type(model))
-    classes = frozenset(type(part) for part in model.modules())
+    classes = {type(part) for part in model.modules()}
     if model.device.type == "cpu" and all(map(_row, classes)):
         with torch.device("meta"):
             fresh = type(model)(model.config)
         named = fresh.named_parameters(remove_duplicate=False)  # int8 unties a tied head
         shapes = {name: parameter.shape for name, parameter in named}
-        model.optimized = Optimized(weights, classes, shapes)
+        model.optimized.known, model.optimized.shapes = classes, shapes
     if can_compute(model):
         layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
-        model.optimized = replace(model.optimized, way=fastest_way(layers))
+        model.optimized.way = fastest_way(layers)
 
 
 def optimize_for_training(model: PreTrainedModel) -> PreTrainedModel:
@@ -199,21 +194,15 @@ def _is_ours(kind: type) -> bool:
     return any(_row(each) and each not in _TABLE for each in kind.__mro__)
 
 
-def _parts(model: nn.Module) -> Iterator[nn.Module]:
-    """Parts of `model` to exchange: ours, and the linear layers that ours hold.
+def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> None:
+    """Exchange ours, and the linear layers that ours hold, by the table; `linear` for its own.
 
     An adapter's layers, those that it wraps, and whatever else there is, stay as they are.
     """
-    for module in list(model.modules()):
-        if _is_ours(type(module)):
-            yield module
-            yield from (child for child in module.children() if type(child) is nn.Linear)
-
-
-def _exchange(model: nn.Module, purpose: int, linear: type | None = None) -> None:
-    """Exchange all parts of `model` that the table has better ones for; `linear` for its own."""
     part: Any
-    for part in list(_parts(model)):
+    ours = [module for module in model.modules() if _is_ours(type(module))]
+    held = [part for module in ours for part in module.children() if type(part) is nn.Linear]
+    for part in ours + held:
         faster = (_row(type(part)) or (None, None))[purpose]
         if type(part) is nn.Linear:
             faster = (linear or faster) if type(part.weight) is nn.Parameter else None
@@ -253,4 +242,4 @@ def _quantize(model: PreTrainedModel, weights: str) -> None:
         raise ImportError(
             f"weights={weights!r} needs torchao on a GPU; pip install torchao"
         ) from None
-    quantization.quantize_(model, getattr(quantization, FORMATS[weights])())
+    quantization.quantize_(model, getattr(quantization, f"{FORMATS[weights]}WeightOnlyConfig")())

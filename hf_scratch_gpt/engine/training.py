@@ -20,11 +20,6 @@ from .packed import fused_gelu
 from .private_ops import is_watched
 
 
-def cast(x: torch.Tensor) -> torch.Tensor:
-    """`x` as the products of autocast on a CPU take it."""
-    return x.to(autocast_dtype(x.dtype)) if x.is_cpu else x
-
-
 def own_product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None
 ) -> torch.Tensor:
@@ -35,7 +30,7 @@ def own_product(
 
     `gelu` is a form of GELU, "tanh" or "none", to apply to `x` first.
     """
-    x = cast(x)
+    x = x.to(autocast_dtype(x.dtype))
     # Flat, since a view that an autograd function returns could not be changed in place.
     result: torch.Tensor = _OwnProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias, gelu)
     return result.view(*x.shape[:-1], len(weight))
@@ -101,12 +96,7 @@ class LeanLinear(nn.Linear):
 class LeanFeedForward(nn.Module):
     """Makes GELU and the second layer one product, which keeps the input of GELU alone."""
 
-    up_proj: Any
-    activation: Any
-    down_proj: Any
-    dropout: Any
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C)."""
         inner = self.up_proj(hidden_states)
         down, form = self.down_proj, fused_gelu(self.activation)
@@ -129,10 +119,10 @@ class LeanAttention(nn.Module):
         """Attend, as the class that this one replaces."""
         attend, narrow = super().forward, autocast_dtype(hidden_states.dtype)
         is_slower = hidden_states.is_cpu and is_slow(narrow) and torch.is_grad_enabled()
-        layers = [part for part in self.modules() if type(part) is nn.Linear]
-        takes_float32 = all(layer.weight.dtype == torch.float32 for layer in layers)
-        if not (is_slower and takes_float32) or torch.compiler.is_compiling():
-            return attend(cast(hidden_states), attention_mask, **kwargs)
+        layers: Any = (part for part in self.modules() if type(part) is nn.Linear)
+        in_half = (layer.weight.dtype != torch.float32 for layer in layers)  # an adapter's base
+        if not is_slower or torch.compiler.is_compiling() or any(in_half):
+            return attend(hidden_states.to(narrow), attention_mask, **kwargs)
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
         with torch.autocast("cpu", enabled=False):

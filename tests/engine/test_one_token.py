@@ -112,7 +112,7 @@ def test_int8_sums_of_a_wide_matrix_have_room():
     held = []
     product, y = product_of(linear, held), torch.empty(8)
     for way in WAYS:
-        call("multiply_int8", product, way, torch.ones(3072), y)
+        call("product", product, way, torch.ones(3072), y)
         torch.testing.assert_close(y, torch.full((8,), 1536.0), rtol=1e-3, atol=0)
 
 
@@ -177,6 +177,10 @@ def lengthen_a_bias(model):
     model.model.norm.bias.data = torch.randn(33)
 
 
+def give_the_head_a_bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(97))
+
+
 def prune_heads(model):
     for block in model.model.layers:
         attention = block.self_attn
@@ -186,7 +190,9 @@ def prune_heads(model):
         attention.o_proj.weight.data = attention.o_proj.weight[:, :24]
 
 
-@pytest.mark.parametrize("change", [prune_one_layer, prune_heads, lengthen_a_bias])
+@pytest.mark.parametrize(
+    "change", [prune_one_layer, prune_heads, lengthen_a_bias, give_the_head_a_bias]
+)
 @torch.no_grad()
 def test_other_shapes_are_refused(change):
     model = make()

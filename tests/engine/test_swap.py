@@ -140,11 +140,11 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
     model, ids = random_model(ScratchGPTForCausalLM), random_ids(1, 6)
     before, expected = classes(model), model(ids).logits
 
-    def fail(head):
+    def fail(weight):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_scratch_gpt.engine.swap.keep_rough", fail)
+        patch.setattr("hf_scratch_gpt.engine.swap.RoughHead.of", fail)
         with pytest.raises(MemoryError):
             optimize_for_generation(model)
     assert classes(model) == before

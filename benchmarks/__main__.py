@@ -32,7 +32,6 @@ def measurements(folder: Path, rounds: int, device: str) -> dict[str, Callable[[
         named[f"32 texts {dtype}"] = partial(generation.batch, folder, dtype, rounds, device)
         named[f"training {dtype}"] = partial(training, folder, dtype, rounds, device)
     named["from_pretrained"] = partial(start.loading, folder, rounds)
-    named["conversion"] = partial(start.conversion, folder, rounds)
     for texts in (1, 10_000):
         named[f"tokenization, 10 MB in {texts:,}"] = partial(start.tokenization, texts, rounds)
     return named

@@ -1,7 +1,6 @@
-"""What comes before the first token: loading, conversion, tokenization."""
+"""What comes before the first token: loading and tokenization."""
 
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -10,8 +9,6 @@ from typing import Any
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
-from hf_scratch_gpt.checkpoints.convert import convert
-from hf_scratch_gpt.checkpoints.readers import open_source
 
 from .peers import in_our_format
 from .timing import in_turns, rates
@@ -30,19 +27,6 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
         way()
     # A load takes a twentieth of a second, so chance needs more of them.
     return {"unit": "loads/s", "rates": rates(1, in_turns(ways, 10 * rounds))}
-
-
-def conversion(folder: Path, rounds: int) -> dict[str, Any]:
-    """Conversions a second, compared with their source, beside loading and saving."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        theirs, ours = Path(place, "theirs"), Path(place, "ours")
-        ways = {
-            "GPT2LMHeadModel, load and save": lambda: GPT2LMHeadModel.from_pretrained(
-                folder
-            ).save_pretrained(theirs),
-            "ours": lambda: convert(open_source(str(folder)), ours),
-        }
-        return {"unit": "conversions/s", "rates": rates(1, in_turns(ways, rounds))}
 
 
 def tokenization(texts: int, rounds: int) -> dict[str, Any]:

@@ -34,16 +34,6 @@ from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock,
 from .configuration_scratch_gpt import ScratchGPTConfig
 from .positions_scratch_gpt import check_inputs, known_keywords, positions_of, raise_past_limit
 
-_WHERE_ON_THE_HUB = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-)
-
-
 # Tokens whose logits are in memory at a time, in training by `config.chunked_loss`.
 LOSS_PIECE = 512
 
@@ -97,8 +87,7 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         """
         splits = kwargs.get("distributed_config") or kwargs.get("tp_plan") or kwargs.get("tp_size")
         if splits and pretrained_model_name_or_path is not None:
-            where = {name: kwargs[name] for name in _WHERE_ON_THE_HUB if name in kwargs}
-            fields, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)
+            fields, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if fields.get("model_type") == "gpt2":
                 raise ValueError(
                     f"{pretrained_model_name_or_path} is a GPT-2 checkpoint: it holds query, key "
@@ -174,18 +163,15 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             cache: keys and values of earlier tokens, extended in place.
             inputs_embeds: (B, T, C), vectors to use in place of the token embedding's.
             use_cache: return `cache`.
-            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. What hosts hand to
-                every model (`TransformersKwargs`, `PagedAttentionArgs`, `attention_instances`) and
-                what the attention function declares is passed on to it; any other name is an
-                error.
+            kwargs: what is recorded (`output_hidden_states`, `output_attentions`), what hosts hand
+                to every model and what the attention function declares; see `known_keywords`.
 
         Returns:
             `last_hidden_state` (B, T, C), and what was asked for besides.
 
         Raises:
-            ValueError: a position is past the last one; both or neither of `input_ids` and
-                `inputs_embeds` are given; `attention_mask` is too short; see `check_inputs`.
-            TypeError: nobody reads a keyword argument; see `known_keywords`.
+            ValueError: a token cannot be read; see `check_inputs` and `positions_of`.
+            TypeError: nobody reads a keyword argument.
         """
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, masked_attention
@@ -294,13 +280,8 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
                 )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        recorded = {name: outputs[name] for name in outputs if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
 
     def _takes_loss_in_pieces(self) -> bool:
         """Whether it is wanted, and neither the loss nor the head has been replaced."""
@@ -323,8 +304,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 
         Args:
             hidden_states: (B, T, C).
-            labels: (B, T); token t is compared with label t + 1. Where it is `ignore_index`, it
-                does not count.
+            labels: (B, T); token t is compared with label t + 1. `ignore_index` does not count.
             num_items_in_batch: what the sum over tokens is divided by; their number if not given.
             shift_labels: (B, T), labels that are shifted already, in place of `labels`.
 
@@ -333,7 +313,6 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: there are more or fewer labels than hidden states.
-            RuntimeError: a label is outside of the vocabulary.
         """
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -369,11 +348,8 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Prepare one step of `generate`; a step past the last position raises a ValueError.
 
-        Args:
-            position_ids: (B, S), a position for every token so far.
-            inputs_embeds: (B, T, C), the prompt, if given so; `generate` looks for this name.
-
-            The others are those of `GenerationMixin.prepare_inputs_for_generation`.
+        `position_ids` (B, S) has a position for every token so far; `generate` looks for the name
+        `inputs_embeds`; the others are those of `GenerationMixin.prepare_inputs_for_generation`.
         """
         limit = self.config.max_position_embeddings
         # Here, because a compiled step cannot look; by length first, as values may lie on a GPU.

@@ -130,7 +130,7 @@ def positions_of(
 
     Args:
         config: the model's; it knows `max_position_embeddings` positions.
-        inputs: ids or vectors of the new tokens, (B, T) or (B, T, C).
+        inputs: vectors of the new tokens, (B, T, C).
         attention_mask: as the model's `forward` takes it. Of (B, S) columns, 1 for tokens and 0
             for padding, positions count the tokens alone.
         position_ids: (B or 1, T), the positions if they are given.
@@ -141,23 +141,29 @@ def positions_of(
             fewer columns than there are tokens.
     """
     batch, tokens = inputs.shape[:2]
-    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-    if is_padding_mask and attention_mask.shape[0] != batch:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[0]} rows for {batch} texts; give a row for "
-            "each"
-        )
+    padding_mask = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        padding_mask = attention_mask
+        rows = len(padding_mask)
+        if rows != batch:
+            raise ValueError(
+                f"attention_mask has {rows} rows for {batch} texts; give a row for each"
+            )
     if position_ids is not None and position_ids.shape not in ((batch, tokens), (1, tokens)):
         raise ValueError(
             f"position_ids has the shape {list(position_ids.shape)}; give [{batch}, {tokens}] or "
             f"[1, {tokens}], a position for each new token"
         )
-    padding_mask = attention_mask if is_padding_mask else None
     limit = config.max_position_embeddings
-    check_length(limit, inputs, cache, past_length, padding_mask, position_ids)
+    # Before a kernel runs: on a GPU it would take the process down with it, and so would compiled
+    # code on a CPU.
+    if is_tracing(inputs):
+        _check_sizes(limit, tokens, cache, past_length, position_ids)
+    else:
+        _check_length(limit, past_length + tokens, padding_mask, position_ids)
     if position_ids is not None:
         return position_ids
-    steps = torch.arange(inputs.shape[1], device=inputs.device) + past_length  # (T,)
+    steps = torch.arange(tokens, device=inputs.device) + past_length  # (T,)
     if padding_mask is None:
         return steps.unsqueeze(0)
     # `long` first: the older ONNX exporter cannot sum truth values.
@@ -165,39 +171,13 @@ def positions_of(
     return positions.clamp(min=0).index_select(1, steps)
 
 
-def check_length(
+def _check_length(
     limit: int,
-    inputs: torch.Tensor,
-    cache: Cache | None,
-    past_length: int | torch.Tensor,
+    total_length: int | torch.Tensor,
     padding_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
 ) -> None:
-    """Raise a ValueError if a token would stand past the last position.
-
-    It has to be raised before a kernel runs: on a GPU the kernel would take the process down with
-    it, and so would compiled code on a CPU.
-
-    Args:
-        limit: number of positions the model knows.
-        inputs: ids or vectors of the new tokens, (B, T) or (B, T, C).
-        cache: the cache, of which `past_length` tokens are filled.
-        padding_mask: (B, S), or None.
-        position_ids: (B or 1, T), the positions if they are given.
-    """
-    total_length = past_length + inputs.shape[1]
-    if is_tracing(inputs):
-        # A trace knows sizes, but no values: neither positions nor how full a static cache is.
-        if isinstance(past_length, torch.Tensor) and cache is not None:
-            capacity = cache.get_max_length()
-            if capacity > limit:
-                raise ValueError(
-                    f"{capacity} tokens, for which the static cache has room, exceed the model's "
-                    f"{limit} positions; lower max_cache_len, or max_new_tokens in generate"
-                )
-        elif position_ids is None and total_length > limit:
-            raise_past_limit(total_length, limit)
-        return
+    """Raise a ValueError if one of `total_length` tokens would stand past the last position."""
     if padding_mask is not None and total_length > padding_mask.shape[1]:
         raise ValueError(
             f"attention_mask has {padding_mask.shape[1]} columns for {int(total_length)} tokens; "
@@ -212,6 +192,25 @@ def check_length(
         total_length = (padding_mask != 0).sum(-1).max()
     if total_length > limit:
         raise_past_limit(total_length, limit)
+
+
+def _check_sizes(
+    limit: int,
+    tokens: int,
+    cache: Cache | None,
+    past_length: int | torch.Tensor,
+    position_ids: torch.Tensor | None,
+) -> None:
+    """The same in a trace, which knows neither positions nor how full a static cache is."""
+    if isinstance(past_length, torch.Tensor) and cache is not None:
+        capacity = cache.get_max_length()
+        if capacity > limit:
+            raise ValueError(
+                f"{capacity} tokens, for which the static cache has room, exceed the model's "
+                f"{limit} positions; lower max_cache_len, or max_new_tokens in generate"
+            )
+    elif position_ids is None and past_length + tokens > limit:
+        raise_past_limit(past_length + tokens, limit)
 
 
 def raise_past_limit(tokens: int | torch.Tensor, limit: int) -> NoReturn:

@@ -63,8 +63,8 @@ def test_fields_that_follow_from_others(fields, expected):
         ({"drop_rate": 0.3, "hidden_dropout": 0.2}, r"drop_rate=0.3 and hidden_dropout=0.2"),
         ({"layer_norm_eps": 0.0}, r"layer_norm_eps=0.0.*not above 0"),
         ({"add_cross_attention": True}, r"add_cross_attention=True.*drop the field"),
-        ({"n_embd": 64, "emb_dim": 96}, r"emb_dim=96 and n_embd=64.*give one"),
-        ({"hidden_size": 96, "n_embd": 64}, r"n_embd=64 and hidden_size=96.*give one"),
+        ({"n_embd": 64, "emb_dim": 96}, r"n_embd=64 and emb_dim=96.*give one"),
+        ({"hidden_size": 96, "n_embd": 64}, r"hidden_size=96 and n_embd=64.*give one"),
     ],
 )
 def test_bad_values_are_refused_with_value_limit_and_remedy(fields, message):

@@ -75,40 +75,61 @@ def check_inputs(
     vocab_size: int,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
     cache: object,
 ) -> None:
     """Raise a ValueError unless a model can read these.
-
-    The values of ids are checked on a CPU alone: on a GPU, to look at a number is to wait for it.
 
     Args:
         config: the model's.
         vocab_size: V, of the embedding at hand, which may have been resized.
         input_ids: ids (B, T), from 0 to V - 1, or None.
         inputs_embeds: vectors (B, T, C), or None.
+        token_type_ids: ids (B, T) or (1, T), from 0 to V - 1, or None.
         cache: a `Cache`, the one of continuous batching, or None.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
     if not (cache is None or isinstance(cache, (Cache, PagedAttentionCache))):
         raise ValueError(f"cache is a {type(cache).__name__}; give a Cache, such as DynamicCache()")
-    if inputs_embeds is not None:
-        shape = list(inputs_embeds.shape)
-        if len(shape) != 3 or shape[-1] != config.hidden_size:
+    if input_ids is not None and inputs_embeds is None:
+        if input_ids.ndim != 2:
+            raise ValueError(
+                f"input_ids has the shape {list(input_ids.shape)}; give (B, T), one text as "
+                "input_ids[None]"
+            )
+        _check_ids(input_ids, vocab_size)
+        batch, tokens = input_ids.shape
+    elif inputs_embeds is not None and input_ids is None:
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.hidden_size:
+            shape = list(inputs_embeds.shape)
             raise ValueError(
                 f"inputs_embeds has the shape {shape}; give (B, T, {config.hidden_size})"
             )
-        return
-    assert input_ids is not None, "one of the two is given"
-    if input_ids.ndim != 2:
+        batch, tokens = inputs_embeds.shape[:2]
+    else:
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if token_type_ids is not None:
+        check_rows("token_type_ids", token_type_ids, batch, tokens)
+        _check_ids(token_type_ids, vocab_size)
+
+
+def check_rows(name: str, given: torch.Tensor, batch: int, tokens: int) -> None:
+    """Raise a ValueError unless `given`, called `name`, has the shape (B, T) or (1, T)."""
+    if given.shape not in ((batch, tokens), (1, tokens)):
         raise ValueError(
-            f"input_ids has the shape {list(input_ids.shape)}; give (B, T), one text as "
-            "input_ids[None]"
+            f"{name} has the shape {list(given.shape)}; give [{batch}, {tokens}] or [1, {tokens}], "
+            "one for each new token"
         )
-    if is_tracing(input_ids) or not input_ids.is_cpu or not input_ids.numel():
+
+
+def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise a ValueError if an id is not in the vocabulary.
+
+    On a CPU alone: on a GPU, to look at a number is to wait for it.
+    """
+    if is_tracing(ids) or not ids.is_cpu or not ids.numel():
         return
     try:
-        lowest, highest = (int(number) for number in input_ids.aminmax())
+        lowest, highest = (int(number) for number in ids.aminmax())
     except RuntimeError:  # within torch.func.vmap no single value can be looked at
         return
     if lowest < 0 or highest >= vocab_size:
@@ -149,18 +170,13 @@ def positions_of(
             raise ValueError(
                 f"attention_mask has {rows} rows for {batch} texts; give a row for each"
             )
-    if position_ids is not None and position_ids.shape not in ((batch, tokens), (1, tokens)):
-        raise ValueError(
-            f"position_ids has the shape {list(position_ids.shape)}; give [{batch}, {tokens}] or "
-            f"[1, {tokens}], a position for each new token"
-        )
-    limit = config.max_position_embeddings
+    if position_ids is not None:
+        check_rows("position_ids", position_ids, batch, tokens)
     # Before a kernel runs: on a GPU it would take the process down with it, and so would compiled
     # code on a CPU.
-    if is_tracing(inputs):
-        _check_sizes(limit, tokens, cache, past_length, position_ids)
-    else:
-        _check_length(limit, past_length + tokens, padding_mask, position_ids)
+    check = _check_sizes if is_tracing(inputs) else _check_length
+    total_length = past_length + tokens
+    check(config.max_position_embeddings, total_length, cache, padding_mask, position_ids)
     if position_ids is not None:
         return position_ids
     steps = torch.arange(tokens, device=inputs.device) + past_length  # (T,)
@@ -174,14 +190,17 @@ def positions_of(
 def _check_length(
     limit: int,
     total_length: int | torch.Tensor,
+    cache: Cache | None,
     padding_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
 ) -> None:
     """Raise a ValueError if one of `total_length` tokens would stand past the last position."""
-    if padding_mask is not None and total_length > padding_mask.shape[1]:
+    columns = total_length if padding_mask is None else padding_mask.shape[1]
+    # A cache of fixed size may come with a column for all that it has room for.
+    if columns < total_length or (cache is None and columns > total_length):
         raise ValueError(
-            f"attention_mask has {padding_mask.shape[1]} columns for {int(total_length)} tokens; "
-            "give one column for every token, cached ones included"
+            f"attention_mask has {columns} columns for {int(total_length)} tokens; give one column "
+            "for every token, cached ones included"
         )
     if position_ids is not None and position_ids.numel():
         lowest, highest = position_ids.aminmax()
@@ -195,22 +214,18 @@ def _check_length(
 
 
 def _check_sizes(
-    limit: int,
-    tokens: int,
-    cache: Cache | None,
-    past_length: int | torch.Tensor,
-    position_ids: torch.Tensor | None,
+    limit: int, total_length: Any, cache: Any, padding_mask: Any, position_ids: Any
 ) -> None:
     """The same in a trace, which knows neither positions nor how full a static cache is."""
-    if isinstance(past_length, torch.Tensor) and cache is not None:
+    if isinstance(total_length, torch.Tensor) and cache is not None:
         capacity = cache.get_max_length()
         if capacity > limit:
             raise ValueError(
                 f"{capacity} tokens, for which the static cache has room, exceed the model's "
                 f"{limit} positions; lower max_cache_len, or max_new_tokens in generate"
             )
-    elif position_ids is None and past_length + tokens > limit:
-        raise_past_limit(past_length + tokens, limit)
+    elif position_ids is None and total_length > limit:
+        raise_past_limit(total_length, limit)
 
 
 def raise_past_limit(tokens: int | torch.Tensor, limit: int) -> NoReturn:

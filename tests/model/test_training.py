@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
-from ..models import random_ids, random_model
+from ..models import CLASSES, random_ids, random_model
 
 # PEFT asks by a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -33,21 +33,38 @@ def uneven_rows(count):
     return rows
 
 
-def test_gradient_accumulation_gives_the_loss_of_the_large_batch(tmp_path):
-    rows = uneven_rows(4)
-    losses, weights = [], []
-    for batch, steps in [(4, 1), (1, 4), (2, 2)]:
-        torch.manual_seed(0)
-        model = random_model(ScratchGPTForCausalLM, drop_rate=0.0)
-        sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
-        run = trainer(model, rows, tmp_path, max_steps=2, optim="sgd", **sizes)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("batch", "steps", "chunked"), [(4, 1, False), (1, 4, False), (2, 2, False), (1, 4, True)]
+)
+def test_trainer_teaches_it_what_it_teaches_gpt2(
+    batch, steps, chunked, smoothing, small_gpt2, tmp_path
+):
+    """By the loss of the large batch, of shifted labels, smoothed or not."""
+    rows, ids, logits, losses = uneven_rows(4), random_ids(1, 12), [], []
+    no_dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
+    for model_class, sizes in [(GPT2LMHeadModel, (4, 1)), (ScratchGPTForCausalLM, (batch, steps))]:
+        model = model_class.from_pretrained(small_gpt2, **no_dropout)
+        model.loss_type = "ForCausalLM"  # which GPT-2 does not say of itself
+        model.config.chunked_loss = chunked
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        options = dict(zip(names, sizes, strict=True), label_smoothing_factor=smoothing)
+        run = trainer(model, rows, tmp_path, max_steps=2, optim="sgd", **options)
         run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
-        weights.append(model.model.layers[0].mlp.up_proj.weight.detach())
+        logits.append(model.eval()(ids).logits)
     assert len(losses[0]) == 2
-    for other in (1, 2):
-        assert losses[other] == pytest.approx(losses[0], rel=1e-5)
-        torch.testing.assert_close(weights[other], weights[0], atol=1e-5, rtol=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_class", CLASSES[1:])
+def test_trainer_keeps_the_column_of_token_types(model_class, tmp_path):
+    columns = ("input_ids", "token_type_ids", "labels", "start_positions")
+    rows = [dict.fromkeys((*columns, "text"), random_ids(4))]
+    batch = next(iter(trainer(random_model(model_class), rows, tmp_path).get_train_dataloader()))
+    assert "token_type_ids" in batch
+    assert "text" not in batch
 
 
 def test_training_learns_one_batch_by_heart_from_checkpointed_activations(tmp_path):

@@ -3,12 +3,17 @@
 import difflib
 import re
 import sys
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
+
+if TYPE_CHECKING:
+    # Never run. transformers reads it where it copies this file, and copies the models along, which
+    # a saved configuration names.
+    from .modeling_scratch_gpt import ScratchGPTModel  # noqa: F401
 
 # Of this code, which travels with every saved model, and of the package.
 VERSION = "0.2.0"
@@ -376,11 +381,23 @@ def _parts(version: str) -> list[int]:
 def _offer_peft_defaults(model_type: str) -> None:
     """Tell PEFT, if it is imported, which modules to adapt where a user names none.
 
-    Our modules carry Llama's names, and so Llama's defaults fit.
+    Our modules carry Llama's names, and so Llama's defaults fit, for every method.
     """
     for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
             table.setdefault(model_type, table["llama"])
+    prompts = vars(sys.modules.get("peft.tuners.adaption_prompt.config", object))
+    attentions = prompts.get("TRANSFORMERS_MODEL_CONFIG", {})
+    if "llama" in attentions:
+        # As for GPT-2, prompts are not projected again: that would add the bias twice.
+        ours = attentions["llama"]._replace(compute_query_states=_query_states, o_proj_layer=None)
+        attentions.setdefault(model_type, ours)
+
+
+def _query_states(model: Any, hidden_states: Any, **kwargs: Any) -> Any:
+    """Queries (B, H, T, D) of the attention block `model`, for PEFT's adaption prompt."""
+    by_heads = (*hidden_states.shape[:-1], -1, model.head_dim)
+    return model.q_proj(hidden_states).view(by_heads).transpose(1, 2)
 
 
 ScratchGPTConfig.register_for_auto_class()

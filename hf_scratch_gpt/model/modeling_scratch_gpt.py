@@ -140,6 +140,7 @@ def _check_source(source: Any, has_rules: bool, options: dict[str, Any]) -> None
             "GPT2LMHeadModel, call save_pretrained, and load what that wrote"
         )
     where = {name: value for name, value in options.items() if isinstance(value, str | bool)}
+    where.pop("trust_remote_code", None)  # of which the configuration alone warns
     try:
         fields, _ = PretrainedConfig.get_config_dict(source, **where)
     except OSError:  # an adapter's folder; or it will be raised again

@@ -5,7 +5,13 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, DynamicCache, GPT2LMHeadModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    GPT2LMHeadModel,
+    QuantoConfig,
+    StaticCache,
+)
 
 from hf_scratch_gpt import (
     ScratchGPTForCausalLM,
@@ -143,6 +149,19 @@ def test_variants_of_gpt2_equal_gpt2s(fields, tmp_path):
     assert not any(report.values())
     ids = random_ids(2, 12)
     torch.testing.assert_close(ours(ids).logits, reference(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(quantization_config=QuantoConfig(weights="int8")), "cannot be quantized .* Load it"),
+        (dict(gguf_file="model.gguf"), "model.gguf is a GGUF file, .* GPT2LMHeadModel"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_converted_while_it_is_read(options, message, small_gpt2):
+    with pytest.raises(ValueError, match=message):
+        ScratchGPTForCausalLM.from_pretrained(small_gpt2, **options)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

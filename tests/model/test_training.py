@@ -4,8 +4,24 @@ import peft
 import pytest
 import torch
 from packaging import version
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import constants
+from torch import nn
+from transformers import (
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
@@ -112,6 +128,61 @@ def test_lora_trains_with_peft_defaults_and_reloads(tmp_path):
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["LORA", "GLORA", "IA3", "OSF", "BEFT", "VERA"])
+def test_peft_adapts_by_default_what_it_adapts_of_llama(method):
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=128, num_hidden_layers=3,
+            num_attention_heads=4, pad_token_id=0, attention_bias=True,
+        )
+    )  # fmt: skip
+    adapted, ids = [], random_ids(1, 6)
+    for model in (llama, random_model(ScratchGPTForCausalLM)):
+        model = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM"))
+        layers = [n for n, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+        adapted.append({name for name in layers if "gate_proj" not in name})  # Llama's alone
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert any(parameter.grad is not None for parameter in model.parameters())
+    assert adapted[0] == adapted[1]
+
+
+def test_peft_has_defaults_for_every_method_that_has_them_for_llama():
+    random_model(ScratchGPTForCausalLM).config.to_dict()
+    tables = {n: t for n, t in vars(constants).items() if n.startswith("TRANSFORMERS_MODELS_TO_")}
+    lacking = [n for n, table in tables.items() if "llama" in table and "scratch_gpt" not in table]
+    assert len(tables) > 30
+    assert not lacking
+
+
+@torch.no_grad()
+def test_adaption_prompts_do_what_they_do_to_gpt2(small_gpt2):
+    results, ids = [], random_ids(2, 6)
+    for model_class in (GPT2LMHeadModel, ScratchGPTForCausalLM):
+        model = model_class.from_pretrained(small_gpt2)
+        results.append(model(ids).logits)
+        prompt = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
+        model = get_peft_model(model, prompt).eval()
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "adaption_" in name:
+                parameter.normal_()
+        results.append(model(input_ids=ids).logits)
+    plain, expected, _, logits = results
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert (logits - plain).abs().max() > 0.1
+
+
+def test_tools_that_ask_for_the_exact_type_see_as_many_linear_layers_as_in_llama():
+    """bitsandbytes, GLoRA and FLOP counters ask so, and pass over a subclass in silence."""
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3))
+    ours = random_model(ScratchGPTForCausalLM)
+    counts = [
+        sum(type(part) is nn.Linear and "gate_proj" not in name for name, part in m.named_modules())
+        for m in (llama, ours)
+    ]
+    assert counts == [3 * 6 + 1] * 2
+
+
 def test_transformers_loads_an_adapter_folder(saved_model, tmp_path):
     base = ScratchGPTForCausalLM.from_pretrained(saved_model)
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
@@ -120,6 +191,14 @@ def test_transformers_loads_an_adapter_folder(saved_model, tmp_path):
     ids = random_ids(1, 6)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits)
+
+
+def test_an_adapter_of_gpt2_is_refused_with_the_remedy(small_gpt2, tmp_path):
+    gpt2 = GPT2LMHeadModel.from_pretrained(small_gpt2)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    get_peft_model(gpt2, lora).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"modules that transformers' GPT-2 has .* merge it"):
+        ScratchGPTForCausalLM.from_pretrained(tmp_path)
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ _FOR_OTHER_LOOPS = (
     *("custom_generate", "assistant_model", "synced_gpus", "tokenizer"),
     *("cache", "past_key_values", "cache_params"),
 )
+# Of what `generate` hands to a loop, what the C++ reads or need not.
+_READ = {"attention_mask", "cache", "logits_to_keep", "position_ids", "use_cache"}
 
 
 @dataclass
@@ -147,5 +149,5 @@ def _suits(
         and cache.get_seq_length() == 0
         and (mask is None or bool(mask.all()))
         and (positions is None or torch.equal(positions, in_order))
-        and "inputs_embeds" not in model_kwargs
+        and model_kwargs.keys() <= _READ
     )

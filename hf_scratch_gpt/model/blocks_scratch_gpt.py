@@ -258,7 +258,11 @@ class TransformerBlock(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C); the rest goes to the attention."""
         shortcut = hidden_states
-        gathered, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, **kwargs)
+        gathered, _ = self.self_attn(  # by name, as PEFT's adaption prompt takes its arguments
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            **kwargs,
+        )
         hidden_states = shortcut + gathered
 
         shortcut = hidden_states

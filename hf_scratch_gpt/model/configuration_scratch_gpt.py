@@ -3,12 +3,17 @@
 import difflib
 import re
 import sys
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
+
+if TYPE_CHECKING:
+    # Never run. transformers reads it where it copies this file, and copies the models along, which
+    # a saved configuration names.
+    from .modeling_scratch_gpt import ScratchGPTModel  # noqa: F401
 
 # Of this code, which travels with every saved model, and of the package.
 VERSION = "0.2.0"
@@ -60,17 +65,14 @@ GELU_FORMS = {
 
 _DROPOUTS = ("embedding_dropout", "hidden_dropout", "attention_dropout")
 
-# Fields of GPT-2's configuration that change nothing here: `reorder_and_upcast_attn` is a matter of
-# precision, which the kernels settle; the summary belongs to the double-heads model.
-_IGNORED_GPT2_FIELDS = (
-    "reorder_and_upcast_attn",
-    "summary_type",
-    "summary_use_proj",
-    "summary_activation",
-    "summary_proj_to_labels",
-    "summary_first_dropout",
-    "task_specific_params",
+# Fields of files that change nothing here: the first is a matter of precision, which the kernels
+# settle; the second belongs to GPT-2's double-heads model.
+_IGNORED = re.compile(
+    "reorder_and_upcast_attn|summary_.*|task_specific_params|model_type|code_version"
 )
+
+# Others follow from these, and so they are set first.
+_PARENTS = ("vocab_size", "hidden_size")
 
 # Where each Auto class finds its class among the files that are saved with a model.
 _TASKS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
@@ -146,6 +148,7 @@ class ScratchGPTConfig(PretrainedConfig):
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
         "context_length": "max_position_embeddings",
+        "drop_rate": "hidden_dropout",  # when it is read; it sets all three
     }
 
     # The columns of a head stay together: a device holds whole heads, and one sum a sub-layer joins
@@ -188,15 +191,18 @@ class ScratchGPTConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = END_OF_TEXT_ID
     pad_token_id: int | None = END_OF_TEXT_ID
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "ScratchGPTConfig":
+        # Later, a default could not be told from a value that was given.
+        cls.by_field(kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs = self._take_aliases(kwargs)
+        kwargs = {k: v for k, v in self.by_field(kwargs).items() if not _IGNORED.fullmatch(k)}
         if kwargs.pop("add_cross_attention", False):
             raise ValueError(
                 "add_cross_attention=True asks for an encoder-decoder, and this model is a decoder "
                 "only; drop the field, or use transformers' GPT2Model"
             )
-        for name in ("model_type", "code_version", *_IGNORED_GPT2_FIELDS):
-            kwargs.pop(name, None)
         for name in kwargs:
             if callable(getattr(type(self), name, None)):
                 raise ValueError(
@@ -204,15 +210,10 @@ class ScratchGPTConfig(PretrainedConfig):
                 )
         head_dim = kwargs.pop("head_dim", None)
         super().__post_init__(**kwargs)
-
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name) == END_OF_TEXT_ID and self.vocab_size <= END_OF_TEXT_ID:
-                setattr(self, name, None)
         # A loaded file may name another repository's code; what is saved travels with its own.
         self.auto_map = dict(_AUTO_MAP)
         self.code_version = VERSION
+        self._derive()
         self.check()
         if head_dim not in (None, self.head_dim):
             raise ValueError(
@@ -220,34 +221,55 @@ class ScratchGPTConfig(PretrainedConfig):
                 f"num_attention_heads={self.num_attention_heads}; leave it out"
             )
 
-    def _take_aliases(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Set the fields that `kwargs` names by an alias; return the rest."""
-        # GPT-2's files carry both, and only `n_positions` sizes the model.
-        if "n_positions" in kwargs:
-            kwargs.pop("n_ctx", None)
-        defaults = self.default_config_fields()
-        named: dict[str, str] = {}
-        if "drop_rate" in kwargs:
-            rate = kwargs.pop("drop_rate")
-            for field in _DROPOUTS:
-                if getattr(self, field) not in (rate, defaults[field]):
+    @classmethod
+    def by_field(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """`given`, with each value under its field's own name.
+
+        Raises:
+            ValueError: two names for one field have different values.
+        """
+        named: dict[str, tuple[str, Any]] = {}
+        for name, value in given.items():
+            if name == "n_ctx" and "n_positions" in given:
+                continue  # GPT-2's files carry both, and only `n_positions` sizes the model.
+            for field in cls._fields_of(name):
+                first, before = named.setdefault(field, (name, value))
+                if before != value:
                     raise ValueError(
-                        f"drop_rate={rate} and {field}={getattr(self, field)} disagree; give the "
-                        "dropouts one by one"
+                        f"{first}={before} and {name}={value} name the same field with different "
+                        "values; give one of them"
                     )
-            self.drop_rate = rate
-        for alias in [name for name in kwargs if name in self.attribute_map]:
-            field, value = self.attribute_map[alias], kwargs.pop(alias)
-            current = getattr(self, field)
-            if current != value and (field in named or current != defaults.get(field)):
-                other = named.get(field, field)
-                raise ValueError(
-                    f"{alias}={value} and {other}={current} name the same field with different "
-                    "values; give one of them"
-                )
-            named[field] = alias
-            setattr(self, field, value)
-        return kwargs
+        values = {field: value for field, (_, value) in named.items()}
+        return {name: values[name] for name in _PARENTS if name in values} | values
+
+    @classmethod
+    def _fields_of(cls, name: str) -> tuple[str, ...]:
+        return _DROPOUTS if name == "drop_rate" else (cls.attribute_map.get(name, name),)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.attribute_map:
+            for field in self._fields_of(name):
+                setattr(self, field, value)  # which checks its type
+            return
+        is_made = "code_version" in self.__dict__
+        was_derived = is_made and self.intermediate_size == 4 * self.hidden_size
+        if name == "hidden_size" and was_derived:
+            super().__setattr__("intermediate_size", None)
+        super().__setattr__(name, value)
+        if is_made and name in (*_PARENTS, "intermediate_size"):
+            self._derive()
+
+    def _derive(self) -> None:
+        """Set the fields that follow from others."""
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) == END_OF_TEXT_ID and self.vocab_size <= END_OF_TEXT_ID:
+                setattr(self, name, None)
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Set several fields, by any of their names."""
+        super().update(self.by_field(config_dict))
 
     def check(self) -> None:
         """Raise a ValueError that names a field outside its range, the limit and the remedy."""
@@ -284,15 +306,6 @@ class ScratchGPTConfig(PretrainedConfig):
         """Size of one head's queries, keys and values, D."""
         return self.hidden_size // self.num_attention_heads
 
-    @property
-    def drop_rate(self) -> float | int:
-        """The textbook's one dropout probability: reads the sub-layers', sets all three."""
-        return self.hidden_dropout
-
-    @drop_rate.setter
-    def drop_rate(self, probability: float | int) -> None:
-        self.embedding_dropout = self.hidden_dropout = self.attention_dropout = probability
-
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "ScratchGPTConfig":
         """The configuration of a published size.
@@ -311,8 +324,7 @@ class ScratchGPTConfig(PretrainedConfig):
             nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
             names = [known[key] for key in nearest] or list(PRESETS)
             raise ValueError(f"no preset is called {name!r}; did you mean {' or '.join(names)}?")
-        overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
-        return cls(**{**PRESETS[PRESET_ALIASES.get(preset, preset)], **overrides})
+        return cls(**PRESETS[PRESET_ALIASES.get(preset, preset)] | cls.by_field(overrides))
 
     @classmethod
     def get_config_dict(
@@ -336,7 +348,7 @@ class ScratchGPTConfig(PretrainedConfig):
         """Make a configuration of what a file holds; `AutoConfig` calls this."""
         if "name_or_path" in kwargs:
             _warn_of_older_code(config_dict, kwargs["name_or_path"])
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **cls.by_field(kwargs))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary of plain values."""
@@ -369,11 +381,23 @@ def _parts(version: str) -> list[int]:
 def _offer_peft_defaults(model_type: str) -> None:
     """Tell PEFT, if it is imported, which modules to adapt where a user names none.
 
-    Our modules carry Llama's names, and so Llama's defaults fit.
+    Our modules carry Llama's names, and so Llama's defaults fit, for every method.
     """
     for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
             table.setdefault(model_type, table["llama"])
+    prompts = vars(sys.modules.get("peft.tuners.adaption_prompt.config", object))
+    attentions = prompts.get("TRANSFORMERS_MODEL_CONFIG", {})
+    if "llama" in attentions:
+        # As for GPT-2, prompts are not projected again: that would add the bias twice.
+        ours = attentions["llama"]._replace(compute_query_states=_query_states, o_proj_layer=None)
+        attentions.setdefault(model_type, ours)
+
+
+def _query_states(model: Any, hidden_states: Any, **kwargs: Any) -> Any:
+    """Queries (B, H, T, D) of the attention block `model`, for PEFT's adaption prompt."""
+    by_heads = (*hidden_states.shape[:-1], -1, model.head_dim)
+    return model.q_proj(hidden_states).view(by_heads).transpose(1, 2)
 
 
 ScratchGPTConfig.register_for_auto_class()

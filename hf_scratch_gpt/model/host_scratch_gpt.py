@@ -7,59 +7,50 @@ without an error. Here it becomes one ImportError.
 
 import inspect
 from collections.abc import Iterator
-from importlib import import_module
-from operator import attrgetter
+from pkgutil import resolve_name
 
 import transformers
 
 TESTED = "5.24.0"
 
-# Module, object, and the parameters that are passed to it, or received from it, by name.
+# Objects, and the parameters that are passed to them, or received from them, by name.
 _NEEDED = [
-    ("transformers", "DynamicCache", "config"),
-    ("transformers.masking_utils", "create_causal_mask", "cache position_ids layer_idx"),
-    ("transformers.modeling_outputs", "BaseModelOutputWithPast", "last_hidden_state cache"),
-    ("transformers.modeling_outputs", "CausalLMOutputWithPast", "loss logits cache"),
-    ("transformers.modeling_layers", "GenericForSequenceClassification.forward", "cache"),
-    ("transformers.modeling_layers", "GenericForTokenClassification.forward", "cache"),
-    ("transformers.modeling_layers", "GenericForQuestionAnswering.forward", "cache"),
-    ("transformers.modeling_layers", "GradientCheckpointingLayer", ""),
-    ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS.get_interface", ""),
-    ("transformers.modeling_utils", "slice_logits_to_keep", ""),
-    ("transformers.initialization", "normal_", "mean std"),
-    ("transformers.loss.loss_utils", "ForCausalLMLoss", "num_items_in_batch shift_labels"),
-    ("transformers.utils", "can_return_tuple", ""),
-    ("transformers.utils", "TransformersKwargs", ""),
-    ("transformers.utils.deprecation", "deprecate_kwarg", "new_name"),
-    ("transformers.utils.generic", "merge_with_config_defaults", ""),
-    ("transformers.utils.import_utils", "is_tracing", ""),
-    ("transformers.utils.output_capturing", "capture_outputs", ""),
-    (
-        "transformers.generation",
-        "GenerationMixin.prepare_inputs_for_generation",
-        "cache inputs_embeds",
-    ),
-    (
-        "transformers.generation.continuous_batching.cache",
-        "PagedAttentionCache.update",
-        "layer_idx kwargs",
-    ),
-    ("transformers.generation.continuous_batching.input_outputs", "PagedAttentionArgs", ""),
+    "transformers:DynamicCache config",
+    "transformers.masking_utils:create_causal_mask cache position_ids layer_idx",
+    "transformers.modeling_outputs:BaseModelOutputWithPast last_hidden_state cache",
+    "transformers.modeling_outputs:CausalLMOutputWithPast loss logits cache",
+    "transformers.modeling_layers:GenericForSequenceClassification.forward cache",
+    "transformers.modeling_layers:GenericForTokenClassification.forward cache",
+    "transformers.modeling_layers:GenericForQuestionAnswering.forward cache",
+    "transformers.modeling_layers:GradientCheckpointingLayer",
+    "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface",
+    "transformers.modeling_utils:slice_logits_to_keep",
+    "transformers.initialization:normal_ mean std",
+    "transformers.loss.loss_utils:ForCausalLMLoss num_items_in_batch shift_labels",
+    "transformers.utils:can_return_tuple",
+    "transformers.utils:TransformersKwargs",
+    "transformers.utils.deprecation:deprecate_kwarg new_name",
+    "transformers.utils.generic:merge_with_config_defaults",
+    "transformers.utils.import_utils:is_tracing",
+    "transformers.utils.output_capturing:capture_outputs",
+    "transformers.generation:GenerationMixin.prepare_inputs_for_generation cache inputs_embeds",
+    "transformers.generation.continuous_batching.cache:PagedAttentionCache.update layer_idx kwargs",
+    "transformers.generation.continuous_batching.input_outputs:PagedAttentionArgs",
 ]
 
 
 def _lacking() -> Iterator[str]:
     """What the models need and the installed transformers does not have."""
-    for module, name, parameters in _NEEDED:
+    for needed in _NEEDED:
+        name, *parameters = needed.split()
         try:
-            found = attrgetter(name)(import_module(module))
+            found = resolve_name(name)
         except (ImportError, AttributeError):
-            yield f"{module}.{name}"
+            yield name.replace(":", ".")
             continue
         known = inspect.signature(found).parameters if parameters else {}
-        for parameter in parameters.split():
-            if parameter not in known:
-                yield f"the argument {parameter!r} of {name}"
+        for parameter in set(parameters) - set(known):
+            yield f"the argument {parameter!r} of {name.partition(':')[2]}"
 
 
 def check_transformers() -> None:

@@ -2,7 +2,10 @@
 
 # B batch, T query tokens, S key tokens, C hidden, V vocabulary, L labels
 
+import functools
+import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +28,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.auto import modeling_auto
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
@@ -33,16 +37,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock, masked_attention
 from .configuration_scratch_gpt import ScratchGPTConfig
 from .positions_scratch_gpt import check_inputs, known_keywords, positions_of, raise_past_limit
-
-_WHERE_ON_THE_HUB = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-)
-
 
 # Tokens whose logits are in memory at a time, in training by `config.chunked_loss`.
 LOSS_PIECE = 512
@@ -92,19 +86,10 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         """Load a saved model, or convert a GPT-2 in transformers' format while loading it.
 
         Raises:
-            ValueError: a GPT-2 checkpoint was to be split over devices, which needs a converted
-                one.
+            ValueError: a GPT-2 has to be converted first; the error says why and how.
         """
-        splits = kwargs.get("distributed_config") or kwargs.get("tp_plan") or kwargs.get("tp_size")
-        if splits and pretrained_model_name_or_path is not None:
-            where = {name: kwargs[name] for name in _WHERE_ON_THE_HUB if name in kwargs}
-            fields, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)
-            if fields.get("model_type") == "gpt2":
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} is a GPT-2 checkpoint: it holds query, key "
-                    "and value in one matrix, which cannot be split over devices while it is read. "
-                    "Load it in one process, call save_pretrained, and load what that wrote"
-                )
+        if pretrained_model_name_or_path is not None:
+            _check_source(pretrained_model_name_or_path, cls.register_rules is not None, kwargs)
         if cls.register_rules is not None:
             cls.register_rules()
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -125,13 +110,55 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         return super().maybe_distribute_model(model, distributed_config, *args)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save model, configuration and code to `save_directory`, under our own tensor names."""
-        if kwargs.setdefault("save_original_format", False):
-            raise ValueError(
-                "save_original_format=True would write tensor names that no model reads; leave it "
-                "out"
-            )
+        """Save model, configuration and code to `save_directory`.
+
+        The tensors keep their names here. transformers' `save_original_format`, True by default,
+        would give those of a converted GPT-2 names that no model reads; `export` writes GPT-2's.
+        """
+        kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Load an adapter of PEFT's; a ValueError if it changes modules of GPT-2's own code."""
+        try:
+            super().load_adapter(*args, **kwargs)
+        except ValueError as error:
+            if not re.search("c_attn|c_proj|c_fc", str(error)):
+                raise
+            raise ValueError(
+                "the adapter changes modules that transformers' GPT-2 has and this model has not; "
+                "merge it into GPT-2 by PeftModel's merge_and_unload, call save_pretrained, and "
+                "load what that wrote"
+            ) from error
+
+
+def _check_source(source: Any, has_rules: bool, options: dict[str, Any]) -> None:
+    """Raise a ValueError if `source` is a GPT-2 that `from_pretrained` cannot convert."""
+    if options.get("gguf_file"):
+        raise ValueError(
+            f"{options['gguf_file']} is a GGUF file, which is not read here; load it with "
+            "GPT2LMHeadModel, call save_pretrained, and load what that wrote"
+        )
+    where = {name: value for name, value in options.items() if isinstance(value, str | bool)}
+    where.pop("trust_remote_code", None)  # of which the configuration alone warns
+    try:
+        fields, _ = PretrainedConfig.get_config_dict(source, **where)
+    except OSError:  # an adapter's folder; or it will be raised again
+        return
+    if fields.get("model_type") != "gpt2":
+        return
+    if not has_rules:
+        raise ValueError(
+            f"{source} is a GPT-2 checkpoint, which code saved with a model cannot convert; import "
+            "hf_scratch_gpt before it is loaded"
+        )
+    splits = any(options.get(name) for name in ("distributed_config", "tp_plan", "tp_size"))
+    if splits or options.get("quantization_config") or fields.get("quantization_config"):
+        raise ValueError(
+            f"{source} is a GPT-2 checkpoint: it holds query, key and value in one matrix, which "
+            f"cannot be {'split over devices' if splits else 'quantized'} while it is read. Load "
+            "it as it is in one process, call save_pretrained, and load what that wrote"
+        )
 
 
 class ScratchGPTModel(ScratchGPTPreTrainedModel):
@@ -160,6 +187,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Turn tokens into vectors that have seen the tokens before them.
@@ -174,25 +202,25 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             cache: keys and values of earlier tokens, extended in place.
             inputs_embeds: (B, T, C), vectors to use in place of the token embedding's.
             use_cache: return `cache`.
-            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. What hosts hand to
-                every model (`TransformersKwargs`, `PagedAttentionArgs`, `attention_instances`) and
-                what the attention function declares is passed on to it; any other name is an
-                error.
+            token_type_ids: (B, T) or (1, T), ids whose embeddings are added, as GPT-2 does: who is
+                speaking, in DialoGPT and its like.
+            kwargs: what is recorded (`output_hidden_states`, `output_attentions`), what hosts hand
+                to every model and what the attention function declares; see `known_keywords`.
 
         Returns:
             `last_hidden_state` (B, T, C), and what was asked for besides.
 
         Raises:
-            ValueError: a position is past the last one; both or neither of `input_ids` and
-                `inputs_embeds` are given; `attention_mask` is too short; see `check_inputs`.
-            TypeError: nobody reads a keyword argument; see `known_keywords`.
+            ValueError: a token cannot be read; see `check_inputs` and `positions_of`.
+            TypeError: nobody reads a keyword argument.
         """
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, masked_attention
         )
         kwargs = known_keywords(kwargs, self.forward, attend)
-        vocab_size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
-        check_inputs(self.config, vocab_size, input_ids, inputs_embeds, cache)
+        embed_tokens = getattr(self, "embed_tokens", None)  # some tools remove it
+        vocab_size = getattr(embed_tokens, "num_embeddings", self.config.vocab_size)
+        check_inputs(self.config, vocab_size, input_ids, inputs_embeds, token_type_ids, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
 
@@ -217,7 +245,10 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         hidden_states = inputs_embeds
         # Pipeline parallelism hands later stages hidden states that hold their positions already.
         if first_layer == 0:
-            hidden_states = self.dropout(hidden_states + self.embed_positions(positions))
+            hidden_states = hidden_states + self.embed_positions(positions)
+            if token_type_ids is not None:
+                hidden_states = hidden_states + self.embed_tokens(token_type_ids)
+            hidden_states = self.dropout(hidden_states)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states, causal_mask, cache=cache, position_ids=positions, **kwargs
@@ -259,6 +290,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Score the next tokens.
@@ -282,6 +314,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            token_type_ids=token_type_ids,
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
@@ -294,13 +327,8 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
                 )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        recorded = {name: outputs[name] for name in outputs if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
 
     def _takes_loss_in_pieces(self) -> bool:
         """Whether it is wanted, and neither the loss nor the head has been replaced."""
@@ -323,8 +351,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 
         Args:
             hidden_states: (B, T, C).
-            labels: (B, T); token t is compared with label t + 1. Where it is `ignore_index`, it
-                does not count.
+            labels: (B, T); token t is compared with label t + 1. `ignore_index` does not count.
             num_items_in_batch: what the sum over tokens is divided by; their number if not given.
             shift_labels: (B, T), labels that are shifted already, in place of `labels`.
 
@@ -333,7 +360,6 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: there are more or fewer labels than hidden states.
-            RuntimeError: a label is outside of the vocabulary.
         """
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -369,11 +395,8 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Prepare one step of `generate`; a step past the last position raises a ValueError.
 
-        Args:
-            position_ids: (B, S), a position for every token so far.
-            inputs_embeds: (B, T, C), the prompt, if given so; `generate` looks for this name.
-
-            The others are those of `GenerationMixin.prepare_inputs_for_generation`.
+        `position_ids` (B, S) has a position for every token so far; `generate` looks for the name
+        `inputs_embeds`; the others are those of `GenerationMixin.prepare_inputs_for_generation`.
         """
         limit = self.config.max_position_embeddings
         # Here, because a compiled step cannot look; by length first, as values may lie on a GPU.
@@ -391,6 +414,23 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 # folder.
 
 
+def _names_token_type_ids(head: Any) -> Any:
+    """Let `head.forward` name an argument that it hands on: Trainer drops the column otherwise."""
+    inherited = head.forward
+
+    @functools.wraps(inherited)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return inherited(self, *args, **kwargs)
+
+    signature = inspect.signature(inherited)
+    named = inspect.Parameter("token_type_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *others, last = signature.parameters.values()
+    forward.__signature__ = signature.replace(parameters=[*others, named, last])  # type: ignore
+    head.forward = forward
+    return head
+
+
+@_names_token_type_ids
 class ScratchGPTForSequenceClassification(
     GenericForSequenceClassification, ScratchGPTPreTrainedModel
 ):
@@ -404,6 +444,7 @@ class ScratchGPTForSequenceClassification(
         self.post_init()
 
 
+@_names_token_type_ids
 class ScratchGPTForTokenClassification(GenericForTokenClassification, ScratchGPTPreTrainedModel):
     """One score for each label and token, (B, T, L)."""
 
@@ -417,6 +458,7 @@ class ScratchGPTForTokenClassification(GenericForTokenClassification, ScratchGPT
         self.post_init()
 
 
+@_names_token_type_ids
 class ScratchGPTForQuestionAnswering(GenericForQuestionAnswering, ScratchGPTPreTrainedModel):
     """Two scores for each token, (B, T): that the answer starts there, that it ends there."""
 
@@ -426,6 +468,19 @@ class ScratchGPTForQuestionAnswering(GenericForQuestionAnswering, ScratchGPTPreT
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+
+# By these tables Trainer shifts labels under label smoothing, and pipelines and servers know what a
+# model is for. A copy of this code enters itself.
+for _model_class, _table in {
+    ScratchGPTModel: modeling_auto.MODEL_MAPPING_NAMES,
+    ScratchGPTForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    ScratchGPTForSequenceClassification: (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    ScratchGPTForTokenClassification: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ScratchGPTForQuestionAnswering: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}.items():
+    _table.setdefault(ScratchGPTConfig.model_type, _model_class.__name__)
 
 ScratchGPTModel.register_for_auto_class("AutoModel")
 ScratchGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -75,40 +75,61 @@ def check_inputs(
     vocab_size: int,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
     cache: object,
 ) -> None:
     """Raise a ValueError unless a model can read these.
-
-    The values of ids are checked on a CPU alone: on a GPU, to look at a number is to wait for it.
 
     Args:
         config: the model's.
         vocab_size: V, of the embedding at hand, which may have been resized.
         input_ids: ids (B, T), from 0 to V - 1, or None.
         inputs_embeds: vectors (B, T, C), or None.
+        token_type_ids: ids (B, T) or (1, T), from 0 to V - 1, or None.
         cache: a `Cache`, the one of continuous batching, or None.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
     if not (cache is None or isinstance(cache, (Cache, PagedAttentionCache))):
         raise ValueError(f"cache is a {type(cache).__name__}; give a Cache, such as DynamicCache()")
-    if inputs_embeds is not None:
-        shape = list(inputs_embeds.shape)
-        if len(shape) != 3 or shape[-1] != config.hidden_size:
+    if input_ids is not None and inputs_embeds is None:
+        if input_ids.ndim != 2:
+            raise ValueError(
+                f"input_ids has the shape {list(input_ids.shape)}; give (B, T), one text as "
+                "input_ids[None]"
+            )
+        _check_ids(input_ids, vocab_size)
+        batch, tokens = input_ids.shape
+    elif inputs_embeds is not None and input_ids is None:
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.hidden_size:
+            shape = list(inputs_embeds.shape)
             raise ValueError(
                 f"inputs_embeds has the shape {shape}; give (B, T, {config.hidden_size})"
             )
-        return
-    assert input_ids is not None, "one of the two is given"
-    if input_ids.ndim != 2:
+        batch, tokens = inputs_embeds.shape[:2]
+    else:
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if token_type_ids is not None:
+        check_rows("token_type_ids", token_type_ids, batch, tokens)
+        _check_ids(token_type_ids, vocab_size)
+
+
+def check_rows(name: str, given: torch.Tensor, batch: int, tokens: int) -> None:
+    """Raise a ValueError unless `given`, called `name`, has the shape (B, T) or (1, T)."""
+    if given.shape not in ((batch, tokens), (1, tokens)):
         raise ValueError(
-            f"input_ids has the shape {list(input_ids.shape)}; give (B, T), one text as "
-            "input_ids[None]"
+            f"{name} has the shape {list(given.shape)}; give [{batch}, {tokens}] or [1, {tokens}], "
+            "one for each new token"
         )
-    if is_tracing(input_ids) or not input_ids.is_cpu or not input_ids.numel():
+
+
+def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise a ValueError if an id is not in the vocabulary.
+
+    On a CPU alone: on a GPU, to look at a number is to wait for it.
+    """
+    if is_tracing(ids) or not ids.is_cpu or not ids.numel():
         return
     try:
-        lowest, highest = (int(number) for number in input_ids.aminmax())
+        lowest, highest = (int(number) for number in ids.aminmax())
     except RuntimeError:  # within torch.func.vmap no single value can be looked at
         return
     if lowest < 0 or highest >= vocab_size:
@@ -130,7 +151,7 @@ def positions_of(
 
     Args:
         config: the model's; it knows `max_position_embeddings` positions.
-        inputs: ids or vectors of the new tokens, (B, T) or (B, T, C).
+        inputs: vectors of the new tokens, (B, T, C).
         attention_mask: as the model's `forward` takes it. Of (B, S) columns, 1 for tokens and 0
             for padding, positions count the tokens alone.
         position_ids: (B or 1, T), the positions if they are given.
@@ -141,23 +162,24 @@ def positions_of(
             fewer columns than there are tokens.
     """
     batch, tokens = inputs.shape[:2]
-    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-    if is_padding_mask and attention_mask.shape[0] != batch:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[0]} rows for {batch} texts; give a row for "
-            "each"
-        )
-    if position_ids is not None and position_ids.shape not in ((batch, tokens), (1, tokens)):
-        raise ValueError(
-            f"position_ids has the shape {list(position_ids.shape)}; give [{batch}, {tokens}] or "
-            f"[1, {tokens}], a position for each new token"
-        )
-    padding_mask = attention_mask if is_padding_mask else None
-    limit = config.max_position_embeddings
-    check_length(limit, inputs, cache, past_length, padding_mask, position_ids)
+    padding_mask = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        padding_mask = attention_mask
+        rows = len(padding_mask)
+        if rows != batch:
+            raise ValueError(
+                f"attention_mask has {rows} rows for {batch} texts; give a row for each"
+            )
+    if position_ids is not None:
+        check_rows("position_ids", position_ids, batch, tokens)
+    # Before a kernel runs: on a GPU it would take the process down with it, and so would compiled
+    # code on a CPU.
+    check = _check_sizes if is_tracing(inputs) else _check_length
+    total_length = past_length + tokens
+    check(config.max_position_embeddings, total_length, cache, padding_mask, position_ids)
     if position_ids is not None:
         return position_ids
-    steps = torch.arange(inputs.shape[1], device=inputs.device) + past_length  # (T,)
+    steps = torch.arange(tokens, device=inputs.device) + past_length  # (T,)
     if padding_mask is None:
         return steps.unsqueeze(0)
     # `long` first: the older ONNX exporter cannot sum truth values.
@@ -165,43 +187,20 @@ def positions_of(
     return positions.clamp(min=0).index_select(1, steps)
 
 
-def check_length(
+def _check_length(
     limit: int,
-    inputs: torch.Tensor,
+    total_length: int | torch.Tensor,
     cache: Cache | None,
-    past_length: int | torch.Tensor,
     padding_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
 ) -> None:
-    """Raise a ValueError if a token would stand past the last position.
-
-    It has to be raised before a kernel runs: on a GPU the kernel would take the process down with
-    it, and so would compiled code on a CPU.
-
-    Args:
-        limit: number of positions the model knows.
-        inputs: ids or vectors of the new tokens, (B, T) or (B, T, C).
-        cache: the cache, of which `past_length` tokens are filled.
-        padding_mask: (B, S), or None.
-        position_ids: (B or 1, T), the positions if they are given.
-    """
-    total_length = past_length + inputs.shape[1]
-    if is_tracing(inputs):
-        # A trace knows sizes, but no values: neither positions nor how full a static cache is.
-        if isinstance(past_length, torch.Tensor) and cache is not None:
-            capacity = cache.get_max_length()
-            if capacity > limit:
-                raise ValueError(
-                    f"{capacity} tokens, for which the static cache has room, exceed the model's "
-                    f"{limit} positions; lower max_cache_len, or max_new_tokens in generate"
-                )
-        elif position_ids is None and total_length > limit:
-            raise_past_limit(total_length, limit)
-        return
-    if padding_mask is not None and total_length > padding_mask.shape[1]:
+    """Raise a ValueError if one of `total_length` tokens would stand past the last position."""
+    columns = total_length if padding_mask is None else padding_mask.shape[1]
+    # A cache of fixed size may come with a column for all that it has room for.
+    if columns < total_length or (cache is None and columns > total_length):
         raise ValueError(
-            f"attention_mask has {padding_mask.shape[1]} columns for {int(total_length)} tokens; "
-            "give one column for every token, cached ones included"
+            f"attention_mask has {columns} columns for {int(total_length)} tokens; give one column "
+            "for every token, cached ones included"
         )
     if position_ids is not None and position_ids.numel():
         lowest, highest = position_ids.aminmax()
@@ -211,6 +210,21 @@ def check_length(
     elif padding_mask is not None and total_length > limit:
         total_length = (padding_mask != 0).sum(-1).max()
     if total_length > limit:
+        raise_past_limit(total_length, limit)
+
+
+def _check_sizes(
+    limit: int, total_length: Any, cache: Any, padding_mask: Any, position_ids: Any
+) -> None:
+    """The same in a trace, which knows neither positions nor how full a static cache is."""
+    if isinstance(total_length, torch.Tensor) and cache is not None:
+        capacity = cache.get_max_length()
+        if capacity > limit:
+            raise ValueError(
+                f"{capacity} tokens, for which the static cache has room, exceed the model's "
+                f"{limit} positions; lower max_cache_len, or max_new_tokens in generate"
+            )
+    elif position_ids is None and total_length > limit:
         raise_past_limit(total_length, limit)
 
 

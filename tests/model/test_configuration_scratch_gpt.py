@@ -1,4 +1,5 @@
 import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import GPT2Config
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
@@ -63,13 +64,60 @@ def test_fields_that_follow_from_others(fields, expected):
         ({"drop_rate": 0.3, "hidden_dropout": 0.2}, r"drop_rate=0.3 and hidden_dropout=0.2"),
         ({"layer_norm_eps": 0.0}, r"layer_norm_eps=0.0.*not above 0"),
         ({"add_cross_attention": True}, r"add_cross_attention=True.*drop the field"),
-        ({"n_embd": 64, "emb_dim": 96}, r"emb_dim=96 and n_embd=64.*give one"),
-        ({"hidden_size": 96, "n_embd": 64}, r"n_embd=64 and hidden_size=96.*give one"),
+        ({"n_embd": 64, "emb_dim": 96}, r"n_embd=64 and emb_dim=96.*give one"),
+        ({"hidden_size": 96, "n_embd": 64}, r"hidden_size=96 and n_embd=64.*give one"),
+        # the default, said by name
+        ({"hidden_size": 768, "n_embd": 64}, r"hidden_size=768 and n_embd=64.*give one"),
     ],
 )
 def test_bad_values_are_refused_with_value_limit_and_remedy(fields, message):
     with pytest.raises(ValueError, match=message):
         ScratchGPTConfig(**fields)
+
+
+@pytest.mark.parametrize("way", ["preset", "update", "load"])
+def test_two_names_with_two_values_are_refused_wherever_fields_are_set(way, tmp_path):
+    ScratchGPTConfig().save_pretrained(tmp_path)
+    set_fields = {
+        "preset": lambda **fields: ScratchGPTConfig.from_preset("gpt2", **fields),
+        "update": lambda **fields: ScratchGPTConfig().update(fields),
+        "load": lambda **fields: ScratchGPTConfig.from_pretrained(tmp_path, **fields),
+    }[way]
+    with pytest.raises(ValueError, match=r"hidden_size=64 and n_embd=96 .* give one"):
+        set_fields(hidden_size=64, n_embd=96)
+    with pytest.raises(StrictDataclassFieldValidationError, match="'hidden_size' expected int"):
+        set_fields(n_embd="64")
+
+
+@pytest.mark.parametrize("way", ["set", "update", "load ours", "load gpt2"])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"n_embd": 64, "n_head": 4}, {"intermediate_size": 256}),
+        ({"n_inner": 100, "n_embd": 64, "n_head": 4}, {"intermediate_size": 100}),
+        ({"hidden_size": 64, "n_head": 4, "n_inner": 3072}, {"intermediate_size": 3072}),
+        ({"intermediate_size": None}, {"intermediate_size": 3072}),
+        ({"vocab_size": 100}, {"eos_token_id": None, "pad_token_id": None}),
+        ({"drop_rate": 0.0}, {"embedding_dropout": 0.0, "hidden_dropout": 0.0}),
+        ({"context_length": 64}, {"max_position_embeddings": 64}),
+    ],
+    ids=str,
+)
+def test_fields_that_are_set_later_take_along_what_follows_from_them(
+    way, fields, expected, tmp_path
+):
+    config = ScratchGPTConfig()
+    at_once = dict(reversed(fields.items()))  # of which the order does not matter
+    if way == "set":
+        for name, value in fields.items():
+            setattr(config, name, value)
+    elif way == "update":
+        config.update(at_once)
+    else:
+        (config if way == "load ours" else GPT2Config()).save_pretrained(tmp_path)
+        config = ScratchGPTConfig.from_pretrained(tmp_path, **at_once)
+    config.check()
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_fields_changed_later_are_checked_when_a_model_is_made():

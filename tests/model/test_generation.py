@@ -71,6 +71,21 @@ def test_every_cache_gives_the_ids_of_no_cache(pair, ours, beams, rows, settings
     assert generated.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("settings", [dict(use_cache=False), *CACHES], ids=str)
+def test_token_types_are_added_as_gpt2_adds_them(pair, ours, settings, rows, beams):
+    """What is written has the type of the prompt's last token."""
+    ids, types = random_ids(rows, 12), random_ids(rows, 12)
+    mask = torch.ones_like(ids)
+    mask[1:, :5] = 0
+    arguments = dict(do_sample=False, eos_token_id=None, num_beams=beams)
+    expected = generate(pair[0], ids, mask, token_type_ids=types, use_cache=False, **arguments)
+    generated = generate(ours, ids, mask, token_type_ids=types, **settings, **arguments)
+    assert generated.tolist() == expected.tolist()
+    assert generated.tolist() != generate(ours, ids, mask, **settings, **arguments).tolist()
+
+
 def test_a_cache_that_is_passed_to_generate_is_filled_and_read(pair, ours):
     ids = random_ids(1, 12)
     cache = DynamicCache(config=ours.config)

@@ -5,7 +5,13 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, DynamicCache, GPT2LMHeadModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    GPT2LMHeadModel,
+    QuantoConfig,
+    StaticCache,
+)
 
 from hf_scratch_gpt import (
     ScratchGPTForCausalLM,
@@ -57,12 +63,12 @@ def padded_batch(rows: int, padding: str):
 
 
 @torch.no_grad()
-def logits_step_by_step(model, ids, mask):
+def logits_step_by_step(model, ids, mask, types):
     """Logits (B, T, V) from a prompt of nine tokens, then cached steps of one token and of two."""
     cache, pieces = DynamicCache(config=model.config), []
     for start, end in [(0, 9), (9, 10), (10, 12)]:
-        step = model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache)
-        pieces.append(step.logits)
+        step = dict(attention_mask=mask[:, :end], token_type_ids=types[:, start:end], cache=cache)
+        pieces.append(model(ids[:, start:end], **step).logits)
     return torch.cat(pieces, dim=1)
 
 
@@ -81,11 +87,10 @@ def logits_step_by_step(model, ids, mask):
 @torch.no_grad()
 def test_logits_equal_gpt2s(ours, reference, padding, cached, rows):
     ids, mask, positions = padded_batch(rows, padding)
-    expected = reference(ids, attention_mask=mask, position_ids=positions).logits
-    if cached:
-        logits = logits_step_by_step(ours, ids, mask)
-    else:
-        logits = ours(ids, attention_mask=mask).logits
+    types = random_ids(rows, 12)
+    given = dict(attention_mask=mask, token_type_ids=types)
+    expected = reference(ids, position_ids=positions, **given).logits
+    logits = logits_step_by_step(ours, ids, mask, types) if cached else ours(ids, **given).logits
     assert logits.isfinite().all()
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], **CLOSE)
 
@@ -146,6 +151,19 @@ def test_variants_of_gpt2_equal_gpt2s(fields, tmp_path):
     torch.testing.assert_close(ours(ids).logits, reference(ids).logits, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(quantization_config=QuantoConfig(weights="int8")), "cannot be quantized .* Load it"),
+        (dict(gguf_file="model.gguf"), "model.gguf is a GGUF file, .* GPT2LMHeadModel"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_converted_while_it_is_read(options, message, small_gpt2):
+    with pytest.raises(ValueError, match=message):
+        ScratchGPTForCausalLM.from_pretrained(small_gpt2, **options)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
@@ -198,20 +216,14 @@ def test_logits_to_keep_and_inputs_embeds():
     torch.testing.assert_close(model(ids, logits_to_keep=kept).logits, logits[:, kept])
     embeds = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embeds).logits, logits)
+    del model.model.embed_tokens  # as PEFT's tests do
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, logits)
+
+
+@torch.no_grad()
+def test_a_tuple_where_it_is_asked_for():
+    model, ids = random_model(ScratchGPTForCausalLM), random_ids(2, 6)
     assert isinstance(model(ids, return_dict=False), tuple)
-
-
-def test_loss_is_the_shifted_cross_entropy():
-    model, ids = random_model(ScratchGPTForCausalLM), random_ids(2, 9)
-    labels = ids.clone()
-    labels[0, :4] = -100
-    outputs = model(ids, labels=labels)
-    log_probabilities = outputs.logits.log_softmax(-1)
-    kept = [(0, token) for token in range(3, 8)] + [(1, token) for token in range(8)]
-    losses = torch.stack([-log_probabilities[r, t, labels[r, t + 1]] for r, t in kept])
-    torch.testing.assert_close(outputs.loss, losses.mean())
-    by_items = model(ids, labels=labels, num_items_in_batch=26).loss
-    torch.testing.assert_close(by_items, losses.sum() / 26)
 
 
 def test_checkpointed_gradients_equal_plain_ones():
@@ -305,6 +317,12 @@ class TestPastTheLastPosition:
             (dict(input_ids=IDS, position_ids=torch.tensor([[0, POSITIONS]])), message),
             (dict(input_ids=IDS, position_ids=IDS - 2), NEGATIVE),
             (dict(input_ids=IDS, attention_mask=IDS[:, :1]), SHORT_MASK),
+            (dict(input_ids=IDS[:, :1], attention_mask=IDS), "has 2 columns for 1 tokens"),
+            (
+                dict(input_ids=IDS, token_type_ids=IDS[:, :1]),
+                r"token_type_ids has the shape \[1, 1\]",
+            ),
+            (dict(input_ids=IDS, token_type_ids=IDS - 2), "id -1 is not in the vocabulary"),
             (dict(input_ids=IDS, attention_mask=IDS.repeat(3, 1)), "3 rows for 1 texts"),
             (dict(input_ids=IDS, position_ids=IDS[:, :1]), r"position_ids has the shape \[1, 1\]"),
             (dict(input_ids=IDS, attention_mask=IDS[:, :1], position_ids=IDS), SHORT_MASK),

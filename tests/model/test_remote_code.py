@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from ..models import CLASSES, random_model
+from ..models import CLASSES, random_gpt2, random_model
 
 MODEL = Path(__file__).parents[2] / "hf_scratch_gpt" / "model"
 LOAD_EVERYTHING = """
@@ -27,10 +27,15 @@ else:
 import torch, transformers
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # new heads have new weights, and it says so
-folder, ids = sys.argv[1], torch.tensor([[1, 2, 3]])
+folder, gpt2, ids = sys.argv[1], sys.argv[3], torch.tensor([[1, 2, 3]])
 trust = {"trust_remote_code": True}
 config = transformers.AutoConfig.from_pretrained(folder, **trust)
 assert type(config).__name__ == "ScratchGPTConfig", config
+config.save_pretrained(sys.argv[2] + "-config")  # alone, with all code that it names
+model = transformers.AutoModel.from_config(
+    transformers.AutoConfig.from_pretrained(sys.argv[2] + "-config", **trust), **trust
+)
+model(ids)
 for name in ("", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
     model = getattr(transformers, "AutoModel" + name).from_pretrained(folder, **trust)
     assert type(model).__name__ == "ScratchGPT" + (name or "Model"), type(model)
@@ -38,6 +43,14 @@ for name in ("", "ForSequenceClassification", "ForTokenClassification", "ForQues
 transformers.utils.logging.set_verbosity_warning()
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, **trust)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
+names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+assert names["scratch_gpt"] == "ScratchGPTForCausalLM"
+try:
+    type(model).from_pretrained(gpt2)
+except ValueError as error:
+    assert "cannot convert; import hf_scratch_gpt before" in str(error), error
+else:
+    raise AssertionError("random weights in place of a GPT-2's")
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
 assert type(tokenizer).__name__ == "ScratchGPTTokenizer", type(tokenizer)
 write = transformers.pipeline("text-generation", folder, **trust)
@@ -49,8 +62,10 @@ tokenizer.save_pretrained(sys.argv[2])
 
 def load_everything(folder: Path, save_to: Path) -> str:
     """Text generated in a fresh process; fails if anything there does not load or warns."""
+    gpt2 = save_to.parent / "gpt2"
+    random_gpt2(n_layer=1).save_pretrained(gpt2)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", LOAD_EVERYTHING, str(folder), str(save_to)]
+    command = [sys.executable, "-c", LOAD_EVERYTHING, str(folder), str(save_to), str(gpt2)]
     options = dict(cwd=save_to.parent, env=environment, capture_output=True, text=True)
     run = subprocess.run(command, **options)
     assert run.returncode == 0, run.stderr

@@ -121,6 +121,7 @@ def train(
     tokenizer: Annotated[str | None, typer.Option(help="Its folder or Hub id.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens of an example.")] = None,
     validation: Annotated[str, typer.Option(help="Part to validate on, or other texts.")] = "0.05",
+    validation_tokens: Annotated[int, typer.Option(help="Tokens of that at most.")] = 1_000_000,
     text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
     sample_prompt: Annotated[str | None, typer.Option(help="Text to continue at times.")] = None,
     sample_steps: Annotated[float, typer.Option(help="How often; below 1, part of all.")] = 0.1,
@@ -144,10 +145,12 @@ def train(
             tokenizer=tokenizer,
             block_size=block_size,
             validation=_number_or_text(validation),
+            validation_tokens=validation_tokens,
             text_field=text_field,
             sample_prompt=sample_prompt,
             sample_steps=sample_steps,
             on_sample=lambda step, text: console.print(f"step {step} writes: {text}"),
+            on_notice=partial(console.print, soft_wrap=True),
             progress=TerminalProgress(console),
             **setup.parse_flags(sources[place:]),
         )
@@ -175,6 +178,17 @@ def _end_of(result: "TrainingResult") -> str:
         f"{result.steps} steps, loss {loss:.3f} nats per token{already}; the model, loss.png and "
         f"checkpoints are in {result.folder}"
     )
+
+
+@app.command()
+def clear_cache(
+    folder: Annotated[Path | None, typer.Argument(help="Where they are, if elsewhere.")] = None,
+) -> None:
+    """Remove the token ids that `train` has kept for trainings on the same texts."""
+    from ..training import corpus
+
+    removed = corpus.clear_cache(folder)
+    typer.echo(f"removed {removed / 1e6:,.1f} MB from {folder or corpus.CACHE}")
 
 
 @app.command()

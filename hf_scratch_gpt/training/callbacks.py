@@ -9,7 +9,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -35,19 +34,30 @@ logger = logging.get_logger(__name__)
 
 def losses_of_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean loss of each row, (B,), in nats per token, from (B, T, V) and (B, T)."""
-    scores, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    losses = F.cross_entropy(scores.float(), targets, reduction="none")
-    return losses.view(len(labels), -1).mean(dim=1)
+    # All rows at once would take the memory of the logits twice more.
+    rows = zip(logits, labels, strict=True)
+    return torch.stack([F.cross_entropy(row[:-1].float(), ids[1:]) for row, ids in rows])
 
 
-def loss_and_perplexity(evaluated: EvalPrediction) -> dict[str, float]:
-    """The mean of all rows' losses and its exponential.
+class RunningLoss:
+    """The mean of the rows' losses and its exponential, a batch at a time; a `compute_metrics`.
 
     A mean over rows is the same for any batch size and any number of processes. The Trainer's own,
     which this replaces, counts the rows twice that fill up the last batch.
     """
-    loss = float(np.mean(evaluated.predictions, dtype=np.float64))
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def __init__(self) -> None:
+        self._total, self._rows = 0.0, 0
+
+    def __call__(self, evaluated: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        """Add a batch; after the last one, return what was asked for and begin anew."""
+        self._total += float(evaluated.predictions.double().sum())
+        self._rows += len(evaluated.predictions)
+        if not compute_result:
+            return {}
+        loss = self._total / self._rows
+        self._total, self._rows = 0.0, 0
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 def draw_loss(history: list[dict[str, float]], path: Path) -> None:

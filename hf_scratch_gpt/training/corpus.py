@@ -8,7 +8,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
@@ -25,10 +29,10 @@ from transformers.utils import logging
 from ..files import new_file
 from .texts import Piece, Sources, find, read, size_of
 
-# How many characters a core gets at a time: enough that none waits long for the others at the end.
-# A character takes about ten bytes of lists, so the text for more than 16 cores is that for 16.
-CHARACTERS_PER_CORE = 4 << 20
-_MOST_CORES = 16
+# How many characters a thread encodes at a time; each takes about ten bytes of lists.
+CHARACTERS = 1 << 20
+
+CACHE = Path(HF_HOME, "hf_scratch_gpt")
 
 # Part of the name of a cached stream; to be raised when the same texts give other tokens.
 _FORMAT = 2
@@ -77,7 +81,7 @@ def tokenize(
 
     They are kept in a file whose name is a hash of the tokenizer and of the files' paths, sizes and
     times of change. Of several processes that ask for the same ids, one computes them. The
-    tokenizer gets a batch of long pieces at a time, which fast tokenizers encode in threads.
+    tokenizer is called in as many threads as there are cores.
 
     Args:
         sources: as for `texts.find`.
@@ -94,7 +98,7 @@ def tokenize(
             "the tokenizer has no end-of-text token to put between documents; set its eos_token"
         )
     found = find(sources)
-    folder = Path(cache_dir) if cache_dir is not None else Path(HF_HOME, "hf_scratch_gpt")
+    folder = CACHE if cache_dir is None else Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_cache_key(found, tokenizer, text_field)}.ids"
     with FileLock(f"{path}.lock"):
@@ -130,44 +134,82 @@ def _encode_to(
 ) -> TokenFile:
     """Write the stream to `path`; whatever happens, it is there completely or not at all."""
     dtype = "uint16" if vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
-    digest, tokens = hashlib.sha256(), 0
+    digest, size = hashlib.sha256(), 0
     with new_file(path) as unfinished:
         with unfinished.open("wb") as file:
-            for batch in _batches(found, field):
-                texts = [piece.text for piece in batch]
-                rows = tokenizer(
-                    texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-                )["input_ids"]
-                for piece, row in zip(batch, rows, strict=True):
-                    ids = [*row, tokenizer.eos_token_id] if piece.ends else row
-                    data = np.array(ids, dtype).tobytes()
-                    file.write(data)
-                    digest.update(data)
-                    tokens += len(ids)
+            for data in _encoded(found, tokenizer, field, dtype):
+                file.write(data)
+                digest.update(data)
+                size += len(data)
+        tokens = size // np.dtype(dtype).itemsize
         described: dict[str, Any] = dict(dtype=dtype, tokens=tokens, digest=digest.hexdigest())
         path.unlink(missing_ok=True)
         path.with_suffix(".json").write_text(json.dumps(described), encoding="utf-8")
     return TokenFile(path, **described)
 
 
-def _batches(found: list[Any], field: str) -> Iterator[list[Piece]]:
-    """Pieces, enough at a time to keep all cores busy; shows progress."""
-    total = sum(map(size_of, found))
-    limit = CHARACTERS_PER_CORE * min(os.cpu_count() or 1, _MOST_CORES)
+def _encoded(
+    found: list[Any], tokenizer: PreTrainedTokenizerBase, field: str, dtype: str
+) -> Iterator[bytes]:
+    """The stream, computed by a thread for each core; shows progress."""
+
+    def encode(texts: list[str], ends: list[bool]) -> bytes:
+        options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
+        rows = tokenizer(texts, **options)["input_ids"]
+        streams = (
+            row + [tokenizer.eos_token_id] * end for row, end in zip(rows, ends, strict=True)
+        )
+        return b"".join(np.array(ids, dtype).tobytes() for ids in streams)
+
+    encode([""], [True])  # The first call may change the tokenizer, which must be one thread's.
     pieces = chain.from_iterable(read(source, field) for source in found)
+    cores = os.cpu_count() or 1
+    waiting: deque[tuple[float, Future[bytes]]] = deque()
+    pool, total = ThreadPoolExecutor(cores), sum(map(size_of, found))
     with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Tokenizing") as progress:
-        while batch := _take(pieces, limit):
-            yield batch
-            progress.update(sum(piece.size for piece in batch))
+        try:
+            while (batch := _take(pieces)) or waiting:
+                if batch:
+                    job = pool.submit(encode, [p.text for p in batch], [p.ends for p in batch])
+                    waiting.append((sum(piece.size for piece in batch), job))
+                if not batch or len(waiting) > 2 * cores:
+                    size, job = waiting.popleft()
+                    yield job.result()
+                    progress.update(size)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _take(pieces: Iterator[Piece], limit: int) -> list[Piece]:
-    """The next pieces, until they have `limit` characters."""
+def _take(pieces: Iterator[Piece]) -> list[Piece]:
+    """The next pieces, until they have `CHARACTERS`."""
     batch: list[Piece] = []
+    limit = CHARACTERS
     while limit > 0 and (piece := next(pieces, None)) is not None:
         batch.append(piece)
         limit -= len(piece.text)
     return batch
+
+
+def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> int:
+    """Remove the ids that `tokenize` has kept, apart from those that are being written.
+
+    A training that is running on them fails; started again, it encodes its texts again.
+
+    Args:
+        cache_dir: as for `tokenize`.
+
+    Returns:
+        How many bytes were removed.
+    """
+    folder, removed = CACHE if cache_dir is None else Path(cache_dir), 0
+    for path in [*folder.glob("*")]:
+        if name := re.fullmatch(r"([0-9a-f]{32})\.(ids|json|ids\.unfinished)", path.name):
+            lock = FileLock(folder / f"{name[1]}.ids.lock", timeout=0)
+            with suppress(Timeout, FileNotFoundError), lock:
+                size = path.stat().st_size
+                path.unlink()
+                removed += size
+    return removed
 
 
 class Blocks(Dataset):
@@ -179,13 +221,15 @@ class Blocks(Dataset):
     Args:
         file: the stream.
         block_size: tokens in a block.
-        places: which blocks of the stream; all of them if not given.
+        places: numbers of the blocks in the stream; all of them if not given.
 
     Raises:
         ValueError: the stream is shorter than a block.
     """
 
-    def __init__(self, file: TokenFile, block_size: int, places: range | None = None) -> None:
+    def __init__(
+        self, file: TokenFile, block_size: int, places: Sequence[int] | None = None
+    ) -> None:
         if block_size < 2:
             raise ValueError(f"block_size={block_size} leaves no token to predict; give 2 or more")
         if file.tokens < block_size:
@@ -228,6 +272,18 @@ class Blocks(Dataset):
             Blocks(self.file, self.block_size, training),
             Blocks(self.file, self.block_size, validation),
         )
+
+    def spread(self, tokens: int) -> "Blocks":
+        """Blocks of at most `tokens` tokens, or one block, spread evenly over these.
+
+        Raises:
+            ValueError: `tokens` is below 1.
+        """
+        if tokens < 1:
+            raise ValueError(f"validation_tokens={tokens} is below 1; give 1 or more")
+        count = min(len(self), max(1, tokens // self.block_size))
+        places = [self.places[i * len(self) // count] for i in range(count)]
+        return Blocks(self.file, self.block_size, places)
 
 
 def whole_batches(blocks: Blocks, batch_size: int) -> Dataset:

@@ -31,10 +31,10 @@ from . import run_folder as runs
 from . import setup
 from .callbacks import (
     KeepFolder,
+    RunningLoss,
     SampleText,
     StopOnSignal,
     draw_loss,
-    loss_and_perplexity,
     losses_of_rows,
 )
 from .corpus import Blocks, tokenize, whole_batches
@@ -76,11 +76,13 @@ def train(
     tokenizer: setup.Tokenizer | None = None,
     block_size: int | None = None,
     validation: float | Sources | None = 0.05,
+    validation_tokens: int = 1_000_000,
     text_field: str = "text",
     cache_dir: str | os.PathLike[str] | None = None,
     sample_prompt: str | None = None,
     sample_steps: float = 0.1,
     on_sample: Callable[[int, str], None] | None = None,
+    on_notice: Callable[[str], None] = logger.info,
     progress: TrainerCallback | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **training_arguments: Any,
@@ -101,10 +103,12 @@ def train(
         tokenizer: a folder, hub id or tokenizer; that of the saved model if not given.
         block_size: tokens in a training example; as many as the model has positions if not given.
         validation: which part of the blocks, from the end, to validate on; or other texts; or None.
+        validation_tokens: validate on so many tokens of that at most, spread evenly over it.
         text_field, cache_dir: see `tokenize`.
         sample_prompt: a text that the model continues every `sample_steps` steps (below 1: that
             part of all steps).
         on_sample: is called with the step and the sample; if not given, it is logged.
+        on_notice: is called with a line that says where token ids are, and what is validated on.
         progress: shows how training goes, in place of the progress bars of others.
         callbacks: more callbacks for the Trainer.
         training_arguments: those of `TrainingArguments`, over `setup.DEFAULTS`.
@@ -125,7 +129,13 @@ def train(
         blocks, held_out = blocks.split(validation) if validation else (blocks, None)
     elif validation is not None:
         held_out = Blocks(tokenize(validation, encoder, text_field, cache_dir), size)
-
+    notice = on_notice if arguments.process_index == 0 else logger.debug
+    notice(_where_ids_are(blocks.file.path))
+    if held_out is not None:
+        whole, held_out = held_out, held_out.spread(validation_tokens)
+        if len(held_out) < len(whole):
+            tokens = f"{len(held_out) * size:,} of {len(whole) * size:,} tokens, spread evenly"
+            notice(f"Each validation takes {tokens}")
     run = runs.describe(config, trained, encoder, arguments, blocks, held_out)
     state, checkpoint = setup.on_first_process(arguments, lambda: _enter(folder, run, arguments))
     if state is not None:
@@ -145,6 +155,13 @@ def train(
     trainer.add_callback(progress)
     with without_progress_bars():
         return _run(trainer, checkpoint)
+
+
+def _where_ids_are(path: Path) -> str:
+    return (
+        f"Token ids: {path.stat().st_size / 1e6:,.1f} MB in {path}, kept for trainings on the same "
+        "texts; `hf-scratch-gpt clear-cache` removes them and others"
+    )
 
 
 def _enter(
@@ -198,7 +215,7 @@ def _make_trainer(
         processing_class=tokenizer,
         data_collator=default_data_collator,
         preprocess_logits_for_metrics=losses_of_rows,
-        compute_metrics=loss_and_perplexity,
+        compute_metrics=RunningLoss(),
         callbacks=[KeepFolder(kept), *callbacks],
     )
     if arguments.fsdp and not trainer.is_fsdp_enabled:

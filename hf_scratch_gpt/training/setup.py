@@ -162,7 +162,9 @@ def make_arguments(
         defaults["report_to"] = "tensorboard"
     # Without it, each process that torchrun starts on CPUs would train by itself.
     defaults["use_cpu"] = not torch.accelerator.is_available()
-    return TrainingArguments(output_dir=os.fspath(output_dir), **{**defaults, **given})
+    # For `RunningLoss`; the Trainer would join the results of all batches anew for each batch.
+    loop = dict(batch_eval_metrics=True, eval_do_concat_batches=False)
+    return TrainingArguments(output_dir=os.fspath(output_dir), **{**defaults, **given, **loop})
 
 
 def on_first_process(arguments: TrainingArguments, work: Callable[[], Any]) -> Any:

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +65,7 @@ def test_train_with_flags_of_the_trainer(model_folder, tmp_path, run, assert_ref
     code, out, error = run(*arguments)
     assert code == 0, error
     assert "validation loss" in out
+    kept = next(line for line in out.splitlines() if line.startswith("Token ids: "))
     assert "step 4 writes: To be" in out
     assert "4 steps, loss" in out
     assert (tmp_path / "run" / "loss.png").is_file()
@@ -73,6 +76,11 @@ def test_train_with_flags_of_the_trainer(model_folder, tmp_path, run, assert_ref
     assert code == 0
     assert "as it was before" in out
     assert_refused("holds another run (learning_rate", *arguments, "--learning-rate", "1")
+    file = Path(kept.partition(" MB in ")[2].partition(", kept")[0])
+    assert file.is_file()
+    code, out, _ = run("clear-cache", file.parent)
+    assert (code, file.exists()) == (0, False)
+    assert re.fullmatch(rf"removed \d+\.\d MB from {re.escape(str(file.parent))}\n", out)
 
 
 def test_train_refuses_bad_choices(model_folder, tmp_path, assert_refused):

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from filelock import FileLock
 
-from hf_scratch_gpt.training import corpus, texts
+from hf_scratch_gpt.training import clear_cache, corpus, texts
 from hf_scratch_gpt.training.corpus import Blocks, TokenFile, tokenize, whole_batches
 
 WORDS = ["the", "cat", "Łódź", "日本", "x=1;", "'ll", "<|endoftext|>"]
@@ -159,11 +160,11 @@ class _Counting:
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 
-    def __call__(self, *arguments, **options):
-        self.batches += 1
+    def __call__(self, texts, **options):
+        self.batches += any(texts)
         if self.batches == self.failing:
             raise KeyboardInterrupt
-        return self.tokenizer(*arguments, **options)
+        return self.tokenizer(texts, **options)
 
 
 def test_texts_are_encoded_again_only_when_something_changed(tiny_tokenizer, tmp_path):
@@ -190,7 +191,7 @@ def test_texts_are_encoded_again_only_when_something_changed(tiny_tokenizer, tmp
 
 def test_what_was_left_half_done_is_not_used(tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(corpus, "CHARACTERS_PER_CORE", 10)
+    monkeypatch.setattr(corpus, "CHARACTERS", 10)
     (tmp_path / "a.jsonl").write_text("\n".join(['{"text": "one two three"}'] * 5))
 
     def encode(tokenizer):
@@ -229,6 +230,21 @@ def test_of_several_that_ask_at_once_one_encodes(tiny_tokenizer, tmp_path):
     files = [each.result() for each in asked]
     assert counting.batches == 1
     assert files == [files[0]] * 4
+
+
+def test_what_is_kept_can_be_removed_but_nothing_else(tiny_tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("one two " * 1000)
+    cache = tmp_path / "cache"
+    file = tokenize(tmp_path / "a.txt", tiny_tokenizer, cache_dir=cache)
+    (cache / "mine.json").write_text("precious")
+    kept = file.path.stat().st_size + file.path.with_suffix(".json").stat().st_size
+    with FileLock(f"{file.path}.lock"):
+        assert clear_cache(cache) == 0, "they are being written"
+    assert clear_cache(cache) == kept
+    assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == ["mine.json"]
+    assert clear_cache(cache) == 0
+    assert clear_cache(tmp_path / "none") == 0
+    assert tokenize(tmp_path / "a.txt", tiny_tokenizer, cache_dir=cache) == file
 
 
 def test_a_tokenizer_without_an_end_is_refused(tiny_tokenizer, tmp_path):

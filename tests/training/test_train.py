@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     GPT2LMHeadModel,
     TrainerCallback,
+    trainer_pt_utils,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -106,6 +107,34 @@ def test_validation_may_have_texts_of_its_own(run, tiny_tokenizer, tmp_path):
     others = tokenize(tmp_path / "other.txt", tiny_tokenizer, cache_dir=tmp_path / "cache")
     wanted = held_out_loss(model, Blocks(others, 8))
     assert result.last("eval_loss") == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_long_validation_is_bounded_and_spread_evenly(run, text, tiny_tokenizer, tmp_path):
+    notices = []
+    options = dict(validation=0.5, max_steps=1, on_notice=notices.append)
+    result = run(validation_tokens=100, per_device_eval_batch_size=4, **options)
+    ids = tokenize(text, tiny_tokenizer, cache_dir=tmp_path / "cache")
+    whole = Blocks(ids, 16).split(0.5)[1]
+    chosen = [whole[i * len(whole) // 6] for i in range(6)]  # of 16 tokens
+    model = AutoModelForCausalLM.from_pretrained(result.folder)
+    assert result.last("eval_loss") == pytest.approx(held_out_loss(model, chosen), abs=1e-6)
+    where, bound = notices
+    assert f"Token ids: 0.0 MB in {ids.path}, kept" in where
+    assert "`hf-scratch-gpt clear-cache` removes" in where
+    assert bound == f"Each validation takes 96 of {16 * len(whole)} tokens, spread evenly"
+    notices.clear()
+    run("whole", **options)
+    assert notices == [where], "a short validation is taken whole, and nothing said of it"
+    with pytest.raises(ValueError, match=r"validation_tokens=0 is below 1; give 1 or more"):
+        run("none", validation_tokens=0)
+
+
+def test_evaluation_does_not_join_what_it_has_found_for_each_batch(run, monkeypatch):
+    def join(*_):
+        raise AssertionError("joined anew for each batch, the time is quadratic")
+
+    monkeypatch.setattr(trainer_pt_utils, "nested_concat", join)
+    assert run(per_device_eval_batch_size=2, max_steps=2).last("eval_loss") is not None
 
 
 def test_samples_are_written_on_the_way_and_change_nothing(run):

@@ -17,10 +17,6 @@ from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Switches of the tokenizers library that make another BPE of it.
-_OTHER_BPE = ["dropout", "byte_fallback", "ignore_merges"]
-_OTHER_BPE += ["continuing_subword_prefix", "end_of_word_suffix"]
-
 
 def byte_to_unicode() -> dict[int, str]:
     """The printable character by which vocabulary files write each byte.
@@ -67,26 +63,26 @@ class Vocabulary:
 
 
 def read_vocabulary(
-    vocab_file: str | None,
-    merges_file: str | None,
-    described: dict[str, Any] | None,
-    special: set[str],
+    vocab: Any, merges: Any, described: dict[str, Any] | None, special: set[str]
 ) -> Vocabulary:
-    """Read the vocabulary from the files that the tokenizer is given, and check it.
+    """Read the vocabulary from what the tokenizer is given, and check it.
 
-    `described` is the content of a `tokenizer.json`, used if there are no other files; no merge
-    needs to make a token that is `special`. A ValueError names file and line or token.
+    `described` is the content of a `tokenizer.json`, used if there is nothing else; no merge needs
+    to make a token that is `special`. A ValueError names file and line or token.
     """
-    if vocab_file is not None and vocab_file.endswith(".tiktoken"):
-        vocabulary = read_ranks(Path(vocab_file))
-    elif vocab_file is not None and merges_file is not None:
-        vocabulary = read_pair(Path(vocab_file), Path(merges_file))
+    if isinstance(vocab, dict):
+        vocabulary = read_content({"vocab": vocab, "merges": merges}, "vocab and merges")
+    elif vocab is not None and Path(vocab).suffix == ".tiktoken":
+        vocabulary = read_ranks(Path(vocab))
+    elif vocab is not None and merges is not None:
+        vocabulary = read_pair(Path(vocab), Path(merges))
     elif described is not None:
-        vocabulary = read_description(described)
+        added = [token.get("id") for token in described["added_tokens"]]
+        vocabulary = read_content(described["model"], described["origin"], added)
     else:
         raise ValueError(
             "a vocabulary takes vocab.json and merges.txt (or encoder.json and vocab.bpe), a "
-            f"tokenizer.json or a .tiktoken file; there is {vocab_file or merges_file or 'no file'}"
+            f"tokenizer.json or a .tiktoken file; there is {vocab or merges or 'no file'}"
         )
     check(vocabulary, special)
     return vocabulary
@@ -144,40 +140,36 @@ def read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
     return Vocabulary(ids, merges, str(merges_path), lines)
 
 
-def read_tokenizer_json(text: str, origin: str) -> dict[str, Any]:
-    """The content of a `tokenizer.json`, with its origin; another way to split is refused."""
+def read_description(file: str | None, backend: Any) -> dict[str, Any] | None:
+    """The content of a `tokenizer.json`, or of what `backend` would write, with its origin."""
+    if backend is not None:
+        text, origin = backend.to_str(), "tokenizer_object"
+    elif file is not None:
+        text, origin = read_text(Path(file)), str(file)
+    else:
+        return None
     content = read_json(text, origin)
-    model, splitter = content.get("model") or {}, content.get("pre_tokenizer") or {}
-    added = content.setdefault("added_tokens", [])
-    shapes = (model, dict), (splitter, dict), (added, list), (model.get("vocab"), dict)
+    model, added = content.get("model"), content.setdefault("added_tokens", [])
+    if isinstance(model, dict) and model.get("type", "BPE") != "BPE":
+        raise ValueError(
+            f"{origin} has a model of type {model['type']!r}, not a byte-level BPE; load it with "
+            "transformers' PreTrainedTokenizerFast"
+        )
+    shapes = (model, dict), (added, list), (isinstance(model, dict) and model.get("vocab"), dict)
     if not all(isinstance(value, kind) for value, kind in shapes) or not all(
         isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
     ):
         raise ValueError(f"{origin} lacks a vocabulary, or has added tokens without content")
-    differences = [
-        f"model of type {model.get('type')!r}" if model.get("type", "BPE") != "BPE" else "",
-        f"pre_tokenizer {splitter.get('type')!r}" if splitter.get("type") != "ByteLevel" else "",
-        "normalizer" if content.get("normalizer") else "",
-        "pre_tokenizer without its pattern" if not splitter.get("use_regex", True) else "",
-        *(name for name in _OTHER_BPE if model.get(name)),
-    ]
-    if any(differences):
-        raise ValueError(
-            f"{origin} is not a byte-level BPE tokenizer of GPT-2's kind "
-            f"({', '.join(filter(None, differences))}); load it with transformers' "
-            "PreTrainedTokenizerFast"
-        )
     return {**content, "origin": origin}
 
 
-def read_description(content: dict[str, Any]) -> Vocabulary:
-    """The vocabulary in the content of a `tokenizer.json`."""
-    origin, model = content["origin"], content["model"]
-    check_ids(model["vocab"], origin, [token.get("id") for token in content["added_tokens"]])
+def read_content(model: dict[str, Any], origin: str, added: Sequence[int] = ()) -> Vocabulary:
+    """The vocabulary in the `model` of a `tokenizer.json`; a merge is "a b" or a pair of tokens."""
+    check_ids(model["vocab"], origin, added)
     merges = []
     for merge in model.get("merges") or []:
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        is_pair = isinstance(parts, list) and len(parts) == 2
+        is_pair = isinstance(parts, (list, tuple)) and len(parts) == 2
         if not is_pair or not all(isinstance(part, str) for part in parts):
             raise ValueError(f"{origin} has the merge {merge!r}, which is not two tokens")
         merges.append((parts[0], parts[1]))

@@ -57,9 +57,9 @@ def build_backend(vocabulary: Vocabulary, described: dict[str, Any] | None) -> T
 
 
 def landmarks(vocabulary: Vocabulary) -> dict[str, int]:
-    """A few of the merged tokens, from the first to the last, by which to know the merges again."""
+    """Four of the merged tokens, from the first to the last, by which to know the merges again."""
     made = [left + right for left, right in vocabulary.merges]
-    return {token: vocabulary.ids[token] for token in made[:: len(made) // 8 + 1] + made[-1:]}
+    return {token: vocabulary.ids[token] for token in made[:: len(made) // 3 + 1] + made[-1:]}
 
 
 def encodes_as_tiktoken(backend: Tokenizer, landmarks: dict[str, int]) -> bool:

@@ -1,10 +1,9 @@
 """The two encoders, tiktoken and the tokenizers library, and what keeps them in step."""
 
-import json
 from typing import Any
 
 import tiktoken
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from .vocabulary_scratch_gpt import BYTE_TO_UNICODE, END_OF_TEXT, Vocabulary, token_bytes
 
@@ -22,37 +21,24 @@ _LONG_SPACE = 10_000
 _OTHER_BPE = ["dropout", "byte_fallback", "ignore_merges"]
 _OTHER_BPE += ["continuing_subword_prefix", "end_of_word_suffix"]
 
-_PARTS = ["normalizer", "pre_tokenizer", "post_processor", "decoder"]
-
 # The post-processor that adds nothing.
 _BARE = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
 
 
-def build_backend(vocabulary: Vocabulary, described: dict[str, Any] | None) -> Tokenizer:
-    """The tokenizers library's object of a vocabulary: GPT-2's, or as a `tokenizer.json` says."""
+def build_backend(vocabulary: Vocabulary) -> Tokenizer:
+    """The tokenizers library's object: GPT-2's, or as the vocabulary's `tokenizer.json` says."""
     check_encoders(vocabulary)
-    if described is None:
+    if vocabulary.description is None:
         backend = Tokenizer(models.BPE(vocabulary.ids, vocabulary.merges))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         return backend
-    switches = {
-        name: described["model"][name]
-        for name in (*_OTHER_BPE, "unk_token", "fuse_unk")
-        if described["model"].get(name) is not None
-    }
-    parts = {name: described.get(name) for name in _PARTS}
-    parts |= {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
     try:
-        backend = Tokenizer(models.BPE(vocabulary.ids, vocabulary.merges, **switches))
-        carrier = Tokenizer.from_str(json.dumps(parts))
-        for name in _PARTS:
-            setattr(backend, name, getattr(carrier, name))
-        for token in described["added_tokens"]:
-            fields = {name: value for name, value in token.items() if name != "id"}
-            backend.add_tokens([AddedToken(**fields)])
-    except Exception as error:  # the library knows no narrower class
-        raise ValueError(f"{described['origin']} cannot be read: {error}") from None
+        backend = Tokenizer.from_str(vocabulary.description)
+    except Exception as error:  # the library has no narrower class
+        raise ValueError(f"{vocabulary.origin} cannot be read: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
     return backend
 
 

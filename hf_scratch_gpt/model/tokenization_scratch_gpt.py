@@ -26,7 +26,7 @@ from .bpe_scratch_gpt import (
     mended,
     suits_tiktoken,
 )
-from .vocabulary_scratch_gpt import END_OF_TEXT, read_description, read_vocabulary
+from .vocabulary_scratch_gpt import END_OF_TEXT, read_json, read_text, read_vocabulary
 
 # From here on, in characters, a batch is worth threads.
 _LARGE_BATCH = 1 << 20
@@ -52,12 +52,7 @@ _OPTIONS_ON_IDS = {
 class _Alignment(Sequence):
     """Encodings by the tokenizers library, computed when the first of them is asked for.
 
-    Args:
-        backend: what encodes them, as it is now.
-        texts: what is encoded.
-        lengths: how many tokens each text has after truncation, and how many after padding.
-        cut_at: the side at which to truncate.
-        padding: the side at which to pad, and with what.
+    `lengths` are those of each text after truncation, and after padding.
     """
 
     def __init__(
@@ -105,7 +100,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             a `.tiktoken` file of ranks.
         merges: the merges in their order, or the path of `merges.txt` or of OpenAI's `vocab.bpe`;
             not with a `.tiktoken` file.
-        tokenizer_file: the path of `tokenizer.json`, in place of the two.
+        tokenizer_file: the path of `tokenizer.json`; it counts where the two are given as well.
         tokenizer_object: a `tokenizers.Tokenizer` in place of files.
         errors: kept for GPT-2's sake; bytes that are not UTF-8 decode to U+FFFD.
         bos_token, eos_token, pad_token, unk_token: all the end of text by default.
@@ -141,18 +136,14 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         merges_file: Any = None,
         **kwargs: Any,
     ) -> None:
-        described = read_description(tokenizer_file, tokenizer_object)
         named = dict(bos_token=bos_token, eos_token=eos_token, unk_token=unk_token)
         named["pad_token"] = eos_token if pad_token is None else pad_token
         special = [*named.values(), *(kwargs.get("extra_special_tokens") or [])]
         special += (kwargs.get("added_tokens_decoder") or {}).values()
         vocabulary = read_vocabulary(
-            vocab_file if vocab is None else vocab,
-            merges_file if merges is None else merges,
-            described,
-            set(map(str, special)),
+            vocab or vocab_file, merges or merges_file, tokenizer_file, tokenizer_object, special
         )
-        self._tokenizer = build_backend(vocabulary, described)
+        self._tokenizer = build_backend(vocabulary)
         splitter = self._tokenizer.pre_tokenizer
         if isinstance(splitter, pre_tokenizers.ByteLevel):
             splitter.add_prefix_space |= add_prefix_space
@@ -174,8 +165,8 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
     ) -> "ScratchGPTTokenizer":
         """Load from a folder in any of the formats, a `.tiktoken` file, or a hub id.
 
-        Where a folder has `vocab.json` and `merges.txt` beside `tokenizer.json`, the vocabulary is
-        that of the two, and all else, such as added tokens, that of the third.
+        Where a folder has several, `tokenizer.json` counts. Beside a model, truncation is at most
+        at its last position.
         """
         source = pretrained_model_name_or_path
         path = Path(source, kwargs.get("subfolder", ""))
@@ -190,7 +181,13 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
                 raise ValueError(f"{path} has several vocabularies: {names}; name one of the files")
             kwargs.setdefault("vocab_file", str(ranks[0]))
             source = ranks[0].parent
-        return super().from_pretrained(source, *args, **kwargs)
+        loaded = super().from_pretrained(source, *args, **kwargs)
+        if "model_max_length" not in kwargs and (path / "config.json").is_file():
+            config = read_json(read_text(path / "config.json"), str(path / "config.json"))
+            positions = config.get("max_position_embeddings", config.get("n_positions"))
+            if isinstance(positions, int):
+                loaded.model_max_length = min(loaded.model_max_length, positions)
+        return loaded
 
     @property
     def tiktoken(self) -> tiktoken.Encoding:

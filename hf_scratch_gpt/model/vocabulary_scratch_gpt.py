@@ -49,13 +49,16 @@ def token_text(token: bytes) -> str:
 class Vocabulary:
     """Tokens with their ids, and merges in their order; tokens are written as in vocabulary files.
 
-    `origin` and `lines` say, for messages, which file the merges stand in and in which lines.
+    `origin` and `lines` say, for messages, which file the merges stand in and in which lines;
+    `description` is the `tokenizer.json` that it was read from, and `added` its added tokens.
     """
 
     ids: dict[str, int]
     merges: list[tuple[str, str]]
     origin: str
     lines: list[int] = field(default_factory=list)
+    description: str | None = None
+    added: set[str] = field(default_factory=set)
 
     def where(self, merge: int) -> str:
         """The place of merge number `merge`, for an error message."""
@@ -63,28 +66,29 @@ class Vocabulary:
 
 
 def read_vocabulary(
-    vocab: Any, merges: Any, described: dict[str, Any] | None, special: set[str]
+    vocab: Any, merges: Any, file: str | None, backend: Any, special: Sequence[Any]
 ) -> Vocabulary:
     """Read the vocabulary from what the tokenizer is given, and check it.
 
-    `described` is the content of a `tokenizer.json`, used if there is nothing else; no merge needs
+    A `tokenizer.json`, that of `file` or as `backend` would write it, comes first; no merge needs
     to make a token that is `special`. A ValueError names file and line or token.
     """
-    if isinstance(vocab, dict):
-        vocabulary = read_content({"vocab": vocab, "merges": merges}, "vocab and merges")
+    if backend is not None:
+        vocabulary = read_description(backend.to_str(), "tokenizer_object")
+    elif file is not None:
+        vocabulary = read_description(read_text(Path(file)), str(file))
+    elif isinstance(vocab, dict):
+        vocabulary = read_content(vocab, merges, "vocab and merges")
     elif vocab is not None and Path(vocab).suffix == ".tiktoken":
         vocabulary = read_ranks(Path(vocab))
     elif vocab is not None and merges is not None:
         vocabulary = read_pair(Path(vocab), Path(merges))
-    elif described is not None:
-        added = [token.get("id") for token in described["added_tokens"]]
-        vocabulary = read_content(described["model"], described["origin"], added)
     else:
         raise ValueError(
             "a vocabulary takes vocab.json and merges.txt (or encoder.json and vocab.bpe), a "
             f"tokenizer.json or a .tiktoken file; there is {vocab or merges or 'no file'}"
         )
-    check(vocabulary, special)
+    check(vocabulary, vocabulary.added.union(map(str, special)))
     return vocabulary
 
 
@@ -140,16 +144,10 @@ def read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
     return Vocabulary(ids, merges, str(merges_path), lines)
 
 
-def read_description(file: str | None, backend: Any) -> dict[str, Any] | None:
-    """The content of a `tokenizer.json`, or of what `backend` would write, with its origin."""
-    if backend is not None:
-        text, origin = backend.to_str(), "tokenizer_object"
-    elif file is not None:
-        text, origin = read_text(Path(file)), str(file)
-    else:
-        return None
+def read_description(text: str, origin: str) -> Vocabulary:
+    """Read the text of a `tokenizer.json`."""
     content = read_json(text, origin)
-    model, added = content.get("model"), content.setdefault("added_tokens", [])
+    model, added = content.get("model"), content.get("added_tokens") or []
     if isinstance(model, dict) and model.get("type", "BPE") != "BPE":
         raise ValueError(
             f"{origin} has a model of type {model['type']!r}, not a byte-level BPE; load it with "
@@ -160,20 +158,25 @@ def read_description(file: str | None, backend: Any) -> dict[str, Any] | None:
         isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
     ):
         raise ValueError(f"{origin} lacks a vocabulary, or has added tokens without content")
-    return {**content, "origin": origin}
+    added_ids = [token.get("id") for token in added]
+    vocabulary = read_content(model["vocab"], model.get("merges"), origin, added_ids)
+    vocabulary.description, vocabulary.added = text, {token["content"] for token in added}
+    return vocabulary
 
 
-def read_content(model: dict[str, Any], origin: str, added: Sequence[int] = ()) -> Vocabulary:
-    """The vocabulary in the `model` of a `tokenizer.json`; a merge is "a b" or a pair of tokens."""
-    check_ids(model["vocab"], origin, added)
+def read_content(
+    ids: dict[str, int], written: Any, origin: str, added: Sequence[int] = ()
+) -> Vocabulary:
+    """The vocabulary of `ids`, and of merges that are pairs or written "a b"."""
+    check_ids(ids, origin, added)
     merges = []
-    for merge in model.get("merges") or []:
+    for merge in written or []:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         is_pair = isinstance(parts, (list, tuple)) and len(parts) == 2
         if not is_pair or not all(isinstance(part, str) for part in parts):
             raise ValueError(f"{origin} has the merge {merge!r}, which is not two tokens")
         merges.append((parts[0], parts[1]))
-    return Vocabulary(model["vocab"], merges, origin)
+    return Vocabulary(ids, merges, origin)
 
 
 def read_ranks(path: Path) -> Vocabulary:
@@ -250,10 +253,10 @@ def check(vocabulary: Vocabulary, special: set[str]) -> None:
     made = set(BYTE_TO_UNICODE.values())
     for number, (left, right) in enumerate(vocabulary.merges):
         where, merged = vocabulary.where(number), left + right
-        for token in (left, right, merged):
-            if token not in ids:
-                pair = f"{left!r} and {right!r}"
-                raise ValueError(f"{where} merges {pair}, but {token!r} is not a token")
+        if merged not in ids:
+            raise ValueError(
+                f"{where} merges {left!r} and {right!r}, but {merged!r} is not a token"
+            )
         for token in (left, right):
             if token not in made:
                 raise ValueError(f"{where} merges {token!r}, which no earlier merge has made")

@@ -419,3 +419,13 @@ def test_vocabulary_as_objects(join, openai_tiny, tmp_path):
         assert_same(ours, fast, NASTY)
         ours.save_pretrained(tmp_path)
         assert AutoTokenizer.from_pretrained(tmp_path)(NASTY).input_ids == ours(NASTY).input_ids
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions"])
+def test_truncation_ends_at_the_positions_of_the_model_beside(name, openai_tiny, tmp_path):
+    ScratchGPTTokenizer(*files_of(openai_tiny)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "scratch_gpt", name: 32}))
+    for loader in (ScratchGPTTokenizer, AutoTokenizer):
+        loaded = loader.from_pretrained(tmp_path)
+        assert len(loaded("a b c " * 50, truncation=True).input_ids) == 32
+        assert loader.from_pretrained(tmp_path, model_max_length=40).model_max_length == 40

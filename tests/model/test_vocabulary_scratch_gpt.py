@@ -61,7 +61,7 @@ SPOILT = {
     "id twice": (edit_vocab(**{"<|endoftext|>": 5}), r"'&' and '<\|endoftext\|>' share id 5"),
     "no number": (edit_vocab(**{"<|endoftext|>": "x"}), r"'<\|endoftext\|>' has 'x' for an id"),
     "no byte": (edit_vocab(**{"!": None, "<x>": 0}), r"byte 0x21 has no token"),
-    "unknown token": (edit_line(3, "zq zq"), r"merges\.txt, line 3 merges 'zq' and 'zq', but 'zq'"),
+    "unknown token": (edit_line(3, "zq zq"), r"line 3 merges 'zq' and 'zq', but 'zqzq' is"),
     "one token": (edit_line(4, "abc"), r"merges\.txt, line 4 is not two tokens.*'abc'"),
     "merge twice": (edit_line(9, "- -"), r"merges\.txt, line 9 makes '--', which an earlier"),
 }

@@ -17,8 +17,6 @@ from .names import CAUSAL_MASK
 # What torch.compile and DistributedDataParallel put before the names of what they wrap.
 WRAPPERS = ("_orig_mod.", "module.")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# transformers gives a tokenizer without a longest text 10^30 tokens.
-_NO_LENGTH = 1e20
 # Of content that is not what its reader expects; a RecursionError is a RuntimeError.
 _ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -91,8 +89,8 @@ class GPT2Source:
         for name in TOKENS:
             if getattr(self.config, name) is None:
                 setattr(self.config, name, getattr(tokenizer, name))
-        if tokenizer.model_max_length > _NO_LENGTH:
-            tokenizer.model_max_length = self.config.max_position_embeddings
+        positions = self.config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
     def untie_or_drop_head(self) -> None:
         """Drop the output head if it repeats the token embedding; else untie them."""

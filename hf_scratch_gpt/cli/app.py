@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from .serve import serve
 from .size_table import find_config, show, summarize
 
 if TYPE_CHECKING:
@@ -205,6 +206,9 @@ def demo(
         run_demo(out, console)
     else:
         run_weights(weights, out / "converted", console)
+
+
+app.command()(serve)
 
 
 def main() -> None:

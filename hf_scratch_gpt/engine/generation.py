@@ -48,6 +48,8 @@ class FastGeneration(GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`, with a loop of its own where that gives the same."""
+        if not self._reads_tokenizer(*args, **kwargs):
+            kwargs.pop("tokenizer", None)  # servers give it to every call
         ids = kwargs.get("input_ids", inputs)
         may_suit = (
             len(args) <= 1  # a generation config
@@ -66,6 +68,15 @@ class FastGeneration(GenerationMixin):
             except _Unsuited:
                 pass
         return super().generate(inputs, *args, **kwargs)
+
+    def _reads_tokenizer(self, generation_config: Any = None, *_: Any, **kwargs: Any) -> bool:
+        """Whether `generate` needs the tokenizer that it is given."""
+        asked = [
+            kwargs,
+            *(vars(each) for each in (generation_config, self.generation_config) if each),
+        ]
+        names = ("stop_strings", "token_healing", "assistant_model")
+        return any(each.get(name) for each in asked for name in names)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as before; weights in another format cannot be saved."""

@@ -15,13 +15,13 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
 # What hosts hand to every model: transformers' own arguments, those of its continuous batching and
-# of its debugger, and the attention layers that vLLM brings.
+# of its debugger, the tokenizer that `generate` was given, the attention layers that vLLM brings.
 _FROM_HOSTS = frozenset(
     [
         *TransformersKwargs.__annotations__,
         *PagedAttentionArgs.__annotations__,
         *("debug_io", "debug_io_dir", "prune_layers"),
-        "attention_instances",
+        *("tokenizer", "attention_instances"),
     ]
 )
 _OF_LOSS = frozenset(["num_items_in_batch", "ignore_index", "shift_labels"])

@@ -1,6 +1,6 @@
 """Text from a model as it comes, and past the end of the context window."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from transformers import (
     GenerationMixin,
     MaxTimeCriteria,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -48,8 +49,7 @@ def write(
         raise ValueError(f"max_new_tokens={max_new_tokens} is below 1; ask for at least one token")
     streamer = _PieceStreamer(tokenizer, on_text)
     ids = _encode(tokenizer, prompt).to(model.device)
-    criteria = _criteria(model, tokenizer, generation)
-    _generate(model, ids, max_new_tokens, criteria, streamer=streamer, **generation)
+    _generate(model, tokenizer, ids, max_new_tokens, streamer=streamer, **generation)
     streamer.hand_over(is_last=True)
     return streamer.written
 
@@ -70,32 +70,25 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     return ids
 
 
-def _criteria(
-    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]
-) -> StoppingCriteriaList:
-    """What ends a text but its length and its end-of-text token, taken out of `generation`."""
-    settings = generation.get("generation_config") or model.generation_config
-    criteria = StoppingCriteriaList(generation.pop("stopping_criteria", None) or [])
-    if seconds := generation.pop("max_time", settings.max_time):
-        criteria.append(MaxTimeCriteria(seconds))  # of all windows together
-    if strings := generation.pop("stop_strings", settings.stop_strings):
-        criteria.append(StopStringCriteria(tokenizer, strings))
-    if settings.stop_strings:
-        generation["tokenizer"] = tokenizer  # `generate` asks for it
-    return criteria
-
-
 def _generate(
     model: GenerationMixin,
+    tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
     left: int,
-    criteria: StoppingCriteriaList,
+    stopping_criteria: Iterable[StoppingCriteria] = (),
+    stop_strings: str | list[str] | None = None,
+    max_time: float | None = None,
     **generation: Any,
 ) -> None:
     """Write `left` tokens after `ids` (1, T) a window at a time, or to where generation ends."""
     settings = generation.get("generation_config") or model.generation_config
+    criteria = StoppingCriteriaList(stopping_criteria)
+    if stop_strings:
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    if max_time:
+        criteria.append(MaxTimeCriteria(max_time))  # of all windows together
     end = generation.get("eos_token_id", settings.eos_token_id)
-    ends = [EosTokenCriteria(end)] if end is not None else []
+    ends = criteria if end is None else [*criteria, EosTokenCriteria(end)]
     window, has_ended = model.config.max_position_embeddings, False
     while left and not has_ended:
         if ids.shape[1] >= window:
@@ -111,7 +104,7 @@ def _generate(
         left -= count
         # A window may end by its length and by another criterion at once.
         has_ended = ids.shape[1] < begun + count or any(
-            criterion(ids, None).any() for criterion in (*criteria, *ends)
+            criterion(ids, None).any() for criterion in ends
         )
 
 

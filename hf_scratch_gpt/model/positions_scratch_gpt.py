@@ -165,7 +165,7 @@ def positions_of(
     padding_mask = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         padding_mask = attention_mask
-        rows = len(padding_mask)
+        rows = padding_mask.shape[0]  # `len` would fix the number in an export
         if rows != batch:
             raise ValueError(
                 f"attention_mask has {rows} rows for {batch} texts; give a row for each"

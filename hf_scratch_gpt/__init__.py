@@ -1,42 +1,51 @@
 """A GPT written from scratch that transformers takes for its own and that runs GPT-2's weights.
 
 Importing this package registers its classes with transformers, so that `AutoModelForCausalLM` and
-the others find them.
+the others find them. What takes time is imported when it is first used.
 """
 
-import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
+from .registration import register, register_when_used
 
-from .checkpoints.names import register_gpt2_rules
-from .engine.swap import optimize_for_generation, optimize_for_training, restore
-from .model.blocks_scratch_gpt import (
-    GELU,
-    FeedForward,
-    LayerNorm,
-    MultiHeadAttention,
-    TransformerBlock,
-)
-from .model.configuration_scratch_gpt import VERSION, ScratchGPTConfig
-from .model.modeling_scratch_gpt import (
-    ScratchGPTForCausalLM,
-    ScratchGPTForQuestionAnswering,
-    ScratchGPTForSequenceClassification,
-    ScratchGPTForTokenClassification,
-    ScratchGPTModel,
-    ScratchGPTPreTrainedModel,
-)
-from .model.tokenization_scratch_gpt import ScratchGPTTokenizer
+if TYPE_CHECKING:
+    from .engine.swap import (
+        optimize_for_generation,
+        optimize_for_training,
+        restore,
+    )
+    from .model.blocks_scratch_gpt import (
+        GELU,
+        FeedForward,
+        LayerNorm,
+        MultiHeadAttention,
+        TransformerBlock,
+    )
+    from .model.configuration_scratch_gpt import ScratchGPTConfig
+    from .model.modeling_scratch_gpt import (
+        ScratchGPTForCausalLM,
+        ScratchGPTForQuestionAnswering,
+        ScratchGPTForSequenceClassification,
+        ScratchGPTForTokenClassification,
+        ScratchGPTModel,
+        ScratchGPTPreTrainedModel,
+    )
+    from .model.tokenization_scratch_gpt import ScratchGPTTokenizer
 
-__version__ = VERSION
+    __version__: str
+
+# Where each name is, for those who use it; the imports above are for type checkers.
+_MODULES = {
+    ".engine.swap": "optimize_for_generation optimize_for_training restore",
+    ".model.blocks_scratch_gpt": "GELU FeedForward LayerNorm MultiHeadAttention TransformerBlock",
+    ".model.configuration_scratch_gpt": "ScratchGPTConfig",
+    ".model.modeling_scratch_gpt": "ScratchGPTForCausalLM ScratchGPTForQuestionAnswering "
+    "ScratchGPTForSequenceClassification ScratchGPTForTokenClassification ScratchGPTModel "
+    "ScratchGPTPreTrainedModel",
+    ".model.tokenization_scratch_gpt": "ScratchGPTTokenizer",
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "GELU",
@@ -54,34 +63,21 @@ __all__ = [
     "TransformerBlock",
     "optimize_for_generation",
     "optimize_for_training",
+    "register",
     "restore",
 ]
 
 
-def register() -> None:
-    """Set the classes in `transformers`, where servers look a class up by its name.
-
-    Importing the package does it. vLLM calls it by its entry point, in each of its processes.
-    """
-    host = sys.modules["transformers"]  # it replaces its module while it is imported
-    for name in __all__:
-        if name.startswith("ScratchGPT"):
-            setattr(host, name, globals()[name])
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module(".model.configuration_scratch_gpt", __name__).VERSION
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name], __name__), name)
 
 
-register()
-AutoConfig.register("scratch_gpt", ScratchGPTConfig, exist_ok=True)
-AutoModel.register(ScratchGPTConfig, ScratchGPTModel, exist_ok=True)
-AutoModelForCausalLM.register(ScratchGPTConfig, ScratchGPTForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    ScratchGPTConfig, ScratchGPTForSequenceClassification, exist_ok=True
-)
-AutoModelForTokenClassification.register(
-    ScratchGPTConfig, ScratchGPTForTokenClassification, exist_ok=True
-)
-AutoModelForQuestionAnswering.register(
-    ScratchGPTConfig, ScratchGPTForQuestionAnswering, exist_ok=True
-)
-AutoTokenizer.register(ScratchGPTConfig, tokenizer_class=ScratchGPTTokenizer, exist_ok=True)
-# When a model is loaded, as it takes transformers 45 ms to make its table ready.
-ScratchGPTPreTrainedModel.register_rules = staticmethod(register_gpt2_rules)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_used()

@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from .serve import serve
-from .size_table import find_config, show, summarize
 
 if TYPE_CHECKING:
     from ..training.run import TrainingResult
@@ -50,6 +49,8 @@ def info(
 
     Several names stand side by side. Only configurations are read.
     """
+    from .size_table import find_config, show, summarize
+
     if (tokens is None) != (flops is None):
         raise ValueError("--tokens and --flops give a time together; give both or neither")
     sizes = (batch_size, length, tokens, flops)

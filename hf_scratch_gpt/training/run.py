@@ -29,6 +29,7 @@ from ..files import without_progress_bars
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from . import run_folder as runs
 from . import setup
+from .blocks import Blocks, whole_batches
 from .callbacks import (
     KeepFolder,
     RunningLoss,
@@ -37,7 +38,7 @@ from .callbacks import (
     draw_loss,
     losses_of_rows,
 )
-from .corpus import Blocks, tokenize, whole_batches
+from .corpus import tokenize
 from .texts import Sources
 
 logger = logging.get_logger(__name__)
@@ -130,7 +131,8 @@ def train(
     elif validation is not None:
         held_out = Blocks(tokenize(validation, encoder, text_field, cache_dir), size)
     notice = on_notice if arguments.process_index == 0 else logger.debug
-    notice(_where_ids_are(blocks.file.path))
+    kept = f"Token ids: {blocks.file.path.stat().st_size / 1e6:,.1f} MB in {blocks.file.path}, kept"
+    notice(f"{kept} for trainings on the same texts; `hf-scratch-gpt clear-cache` removes them")
     if held_out is not None:
         whole, held_out = held_out, held_out.spread(validation_tokens)
         if len(held_out) < len(whole):
@@ -155,13 +157,6 @@ def train(
     trainer.add_callback(progress)
     with without_progress_bars():
         return _run(trainer, checkpoint)
-
-
-def _where_ids_are(path: Path) -> str:
-    return (
-        f"Token ids: {path.stat().st_size / 1e6:,.1f} MB in {path}, kept for trainings on the same "
-        "texts; `hf-scratch-gpt clear-cache` removes them and others"
-    )
 
 
 def _enter(

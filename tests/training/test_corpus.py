@@ -16,7 +16,8 @@ import torch
 from filelock import FileLock
 
 from hf_scratch_gpt.training import clear_cache, corpus, texts
-from hf_scratch_gpt.training.corpus import Blocks, TokenFile, tokenize, whole_batches
+from hf_scratch_gpt.training.blocks import Blocks, whole_batches
+from hf_scratch_gpt.training.corpus import TokenFile, tokenize
 
 WORDS = ["the", "cat", "Łódź", "日本", "x=1;", "'ll", "<|endoftext|>"]
 WORDS += ["\r\n", "\n", "\n\n", "  ", "\t"]

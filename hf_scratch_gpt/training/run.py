@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +30,7 @@ from ..files import without_progress_bars
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from . import run_folder as runs
 from . import setup
-from .blocks import Blocks, whole_batches
+from .blocks import Blocks, ShuffledOrder, whole_batches
 from .callbacks import (
     KeepFolder,
     RunningLoss,
@@ -131,13 +132,7 @@ def train(
     elif validation is not None:
         held_out = Blocks(tokenize(validation, encoder, text_field, cache_dir), size)
     notice = on_notice if arguments.process_index == 0 else logger.debug
-    kept = f"Token ids: {blocks.file.path.stat().st_size / 1e6:,.1f} MB in {blocks.file.path}, kept"
-    notice(f"{kept} for trainings on the same texts; `hf-scratch-gpt clear-cache` removes them")
-    if held_out is not None:
-        whole, held_out = held_out, held_out.spread(validation_tokens)
-        if len(held_out) < len(whole):
-            tokens = f"{len(held_out) * size:,} of {len(whole) * size:,} tokens, spread evenly"
-            notice(f"Each validation takes {tokens}")
+    held_out = _bounded(blocks, held_out, validation_tokens, notice)
     run = runs.describe(config, trained, encoder, arguments, blocks, held_out)
     state, checkpoint = setup.on_first_process(arguments, lambda: _enter(folder, run, arguments))
     if state is not None:
@@ -157,6 +152,24 @@ def train(
     trainer.add_callback(progress)
     with without_progress_bars():
         return _run(trainer, checkpoint)
+
+
+def _bounded(
+    blocks: Blocks, held_out: Blocks | None, tokens: int, notice: Callable[[str], None]
+) -> Blocks | None:
+    """At most `tokens` tokens of `held_out`; say so, and where the ids of the texts are."""
+    path, size = blocks.file.path, blocks.block_size
+    notice(
+        f"Token ids: {path.stat().st_size / 1e6:,.1f} MB in {path}, kept for trainings on the same "
+        "texts; `hf-scratch-gpt clear-cache` removes them"
+    )
+    chosen = held_out and held_out.spread(tokens)
+    if chosen and held_out and len(chosen) < len(held_out):
+        notice(
+            f"Each validation takes {len(chosen) * size:,} of {len(held_out) * size:,} tokens, "
+            "spread evenly"
+        )
+    return chosen
 
 
 def _enter(
@@ -193,6 +206,19 @@ def _finish(
     return reached
 
 
+class _Trainer(Trainer):
+    def get_train_dataloader(self) -> DataLoader:
+        from accelerate.data_loader import (  # type: ignore[import-untyped]  # it has no stubs
+            SeedableRandomSampler,
+        )
+
+        loader: Any = super().get_train_dataloader()
+        order = loader.get_sampler()
+        if type(order) is SeedableRandomSampler:
+            loader.set_sampler(ShuffledOrder(len(order), order.initial_seed))
+        return loader
+
+
 def _make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -202,7 +228,7 @@ def _make_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     kept, arguments.save_total_limit = arguments.save_total_limit, None
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=whole_batches(blocks, runs.batch_size(arguments)),

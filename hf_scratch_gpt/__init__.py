@@ -4,6 +4,8 @@ Importing this package registers its classes with transformers, so that `AutoMod
 the others find them.
 """
 
+import sys
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -55,6 +57,19 @@ __all__ = [
     "restore",
 ]
 
+
+def register() -> None:
+    """Set the classes in `transformers`, where servers look a class up by its name.
+
+    Importing the package does it. vLLM calls it by its entry point, in each of its processes.
+    """
+    host = sys.modules["transformers"]  # it replaces its module while it is imported
+    for name in __all__:
+        if name.startswith("ScratchGPT"):
+            setattr(host, name, globals()[name])
+
+
+register()
 AutoConfig.register("scratch_gpt", ScratchGPTConfig, exist_ok=True)
 AutoModel.register(ScratchGPTConfig, ScratchGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(ScratchGPTConfig, ScratchGPTForCausalLM, exist_ok=True)

@@ -1,14 +1,19 @@
 """Text from a model as it comes, and past the end of the context window."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedTokenizerBase
+from transformers import (
+    EosTokenCriteria,
+    GenerationMixin,
+    MaxTimeCriteria,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
-
-# A character has up to four bytes in UTF-8, and a byte-level token at least one.
-_LONGEST_CHARACTER = 4
 
 
 def write(
@@ -31,73 +36,113 @@ def write(
             longer than the window.
         max_new_tokens: how many tokens to write at most; the end-of-text token ends the text.
         on_text: called with each piece of text as soon as its characters are complete.
-        generation: for `generate`, such as `do_sample`, `temperature`, `top_k`, `top_p`.
+        generation: for `generate`, such as `do_sample`, `top_k`, `stop_strings`, `max_time`.
 
     Returns:
         What was written, without the prompt.
 
     Raises:
-        ValueError: the prompt has no tokens, or `max_new_tokens` is below 1.
+        ValueError: the prompt has no tokens, the tokenizer no vocabulary, or `max_new_tokens` is
+            below 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} is below 1; ask for at least one token")
-    ids = tokenizer(prompt, return_tensors="pt").input_ids  # (1, T)
+    streamer = _PieceStreamer(tokenizer, on_text)
+    ids = _encode(tokenizer, prompt).to(model.device)
+    _generate(model, tokenizer, ids, max_new_tokens, streamer=streamer, **generation)
+    streamer.hand_over(is_last=True)
+    return streamer.written
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """The ids of `prompt` (1, T), at least one."""
+    if not tokenizer.vocab_size:  # without tokens that were added, such as the end of text
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no vocabulary; give one with "
+            "tokenizer.json, or vocab.json and merges.txt"
+        )
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
     if not ids.shape[1]:
         raise ValueError(
             f"the prompt {prompt!r} has 0 tokens; give at least one character, or the "
             f"end-of-text token {tokenizer.eos_token} to begin a text"
         )
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    window = model.config.max_position_embeddings
-    streamer = _PieceStreamer(tokenizer, on_text)
-    ids = ids.to(model.device)
-    left = max_new_tokens
-    while left:
+    return ids
+
+
+def _generate(
+    model: GenerationMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    left: int,
+    stopping_criteria: Iterable[StoppingCriteria] = (),
+    stop_strings: str | list[str] | None = None,
+    max_time: float | None = None,
+    **generation: Any,
+) -> None:
+    """Write `left` tokens after `ids` (1, T) a window at a time, or to where generation ends."""
+    settings = generation.get("generation_config") or model.generation_config
+    criteria = StoppingCriteriaList(stopping_criteria)
+    if stop_strings:
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    if max_time:
+        criteria.append(MaxTimeCriteria(max_time))  # of all windows together
+    end = generation.get("eos_token_id", settings.eos_token_id)
+    ends = criteria if end is None else [*criteria, EosTokenCriteria(end)]
+    window, has_ended = model.config.max_position_embeddings, False
+    while left and not has_ended:
         if ids.shape[1] >= window:
             ids = ids[:, -max(1, window // 2) :]
-        count = min(left, max(1, window - ids.shape[1]))
+        begun, count = ids.shape[1], min(left, max(1, window - ids.shape[1]))
         ids = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
-            streamer=streamer,
+            stopping_criteria=criteria,
             **generation,
         )
         left -= count
-        if ids[0, -1].item() in ends:
-            break
-    streamer.hand_over()
-    return streamer.written
+        # A window may end by its length and by another criterion at once.
+        has_ended = ids.shape[1] < begun + count or any(
+            criterion(ids, None).any() for criterion in ends
+        )
 
 
 class _PieceStreamer(BaseStreamer):
-    """Decodes new tokens as `generate` hands them over, holding back incomplete characters."""
+    """Decodes new tokens as `generate` hands them over, holding back incomplete characters.
+
+    A piece is what its tokens add to the text of those before: alone, one would lose its space.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None
     ) -> None:
         self._tokenizer, self._on_text = tokenizer, on_text
+        self._before: list[int] = []  # the prompt, then the last piece
         self._held: list[int] = []
         self._prompt_comes = True
         self.written = ""
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt_comes:
-            self._prompt_comes = False
-            return
-        self._held += value.flatten().tolist()
-        is_complete = not self._tokenizer.decode(self._held).endswith("\ufffd")
-        if is_complete or len(self._held) >= _LONGEST_CHARACTER:
+        if not self._prompt_comes:
+            self._held += value.flatten().tolist()
             self.hand_over()
+        elif not self._before:
+            self._before = value.flatten().tolist()
+        self._prompt_comes = False
 
     def end(self) -> None:
         self._prompt_comes = True  # of the next window
 
-    def hand_over(self) -> None:
-        """Give out what is held back."""
-        text = self._tokenizer.decode(self._held, skip_special_tokens=True)
-        self._held.clear()
-        self.written += text
-        if text and self._on_text is not None:
-            self._on_text(text)
+    def hand_over(self, is_last: bool = False) -> None:
+        """Give out what is held back, if its last character is complete or `is_last`."""
+        before, text = (
+            self._tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (self._before, self._before + self._held)
+        )
+        piece = text[len(before) :]
+        if piece and (is_last or not piece.endswith("\ufffd")):
+            self._before, self._held = self._held, []
+            self.written += piece
+            if self._on_text is not None:
+                self._on_text(piece)

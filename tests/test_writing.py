@@ -1,10 +1,20 @@
 """Writing on past the context window, and the pieces in which text comes."""
 
+import re
+import time
+
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    GPT2TokenizerFast,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+)
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
-from hf_scratch_gpt.model.vocabulary_scratch_gpt import BYTE_TO_UNICODE
+from hf_scratch_gpt.model.vocabulary_scratch_gpt import BYTE_TO_UNICODE, token_bytes
 from hf_scratch_gpt.writing import write
 
 from .models import random_model
@@ -18,18 +28,21 @@ def model():
     )
 
 
-def greedy(model, ids, count):
+@torch.no_grad()
+def greedy(model, ids, count, banned=None):
     """The likeliest tokens after `ids`, read anew for each, a half window at a time."""
     window, written, ids = model.config.max_position_embeddings, [], list(ids)
     for _ in range(count):
         if len(ids) >= window:
             ids = ids[-window // 2 :]
-        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        if banned is not None:
+            logits[[*ids, *banned]] = -torch.inf
+        ids.append(logits.argmax().item())
         written.append(ids[-1])
     return written
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("prompt", ["Hello, world", "A long prompt, longer than the window. " * 3])
 def test_text_goes_on_past_the_window(prompt, model, tiny_tokenizer):
     pieces = []
@@ -39,14 +52,71 @@ def test_text_goes_on_past_the_window(prompt, model, tiny_tokenizer):
     assert len(pieces) > 5
 
 
-def test_the_end_of_text_ends_it(model, tiny_tokenizer):
-    ids = greedy(model, tiny_tokenizer("Hello").input_ids, 30)
-    model.generation_config.eos_token_id = ids[20]
-    try:
-        text = write(model, tiny_tokenizer, "Hello", 30, do_sample=False)
-    finally:
-        model.generation_config.eos_token_id = None
-    assert text == tiny_tokenizer.decode(ids[: ids.index(ids[20]) + 1])
+class Ends(StoppingCriteria):
+    def __init__(self, last):
+        self.last = last
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.last
+
+
+@pytest.mark.parametrize("way", ["end of text", "criterion", "string"])
+@pytest.mark.parametrize("place", [11, 12, 18, 20])  # 12 and 20 fill the window
+def test_what_ends_generate_ends_the_text(place, way, model, tiny_tokenizer):
+    prompt = tiny_tokenizer("Hello").input_ids
+    assert len(prompt) + 12 == 16
+    vocab = tiny_tokenizer.get_vocab()  # of which parts of characters are left out
+    parts = [number for token, number in vocab.items() if not token_bytes(token).isascii()]
+    ids = greedy(model, prompt, 40, banned=parts)
+    assert ids.index(ids[place - 1]) == place - 1
+    options = dict(do_sample=False, no_repeat_ngram_size=1, suppress_tokens=parts)
+    if way == "end of text":
+        options |= dict(eos_token_id=ids[place - 1])
+    elif way == "criterion":
+        options |= dict(stopping_criteria=[Ends(ids[place - 1])])
+    else:  # over three pieces
+        options |= dict(stop_strings=[tiny_tokenizer.decode(ids[place - 3 : place])])
+    written = write(model, tiny_tokenizer, "Hello", 40, **options)
+    assert written == tiny_tokenizer.decode(ids[:place])
+
+
+def test_time_is_that_of_all_windows(model, tiny_tokenizer):
+    started = time.monotonic()
+    write(model, tiny_tokenizer, "Hello", 10**6, do_sample=False, max_time=0.5)
+    assert time.monotonic() - started < 5
+
+
+def metaspace():
+    """A vocabulary of whole words, written as sentencepiece writes them, and of bytes."""
+    words = ["Hello", "world", "of", "spaces", "ly"]
+    tokens = [*(f"▁{word}" for word in words), "ly", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="ly"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("text", [" world of spacesly world", " of é 😀 日本 of", "ly 日本of"])
+def test_pieces_keep_their_spaces(text):
+    tokenizer = metaspace()
+    ids = []
+    for word in re.findall(r" ?[a-z]+?(?=ly|of|\b)| |.", text):
+        token = tokenizer.get_vocab().get(word.replace(" ", "▁"))
+        ids += [token] if token is not None else [6 + byte for byte in word.encode()]
+    assert tokenizer.decode([0, *ids]) == "Hello" + text
+    pieces = []
+    assert write(Parrot(ids), tokenizer, "Hello", len(ids), pieces.append) == text
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_named(tmp_path):
+    tokenizer = GPT2TokenizerFast(name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}' has no vocabulary"):
+        write(Parrot([]), tokenizer, "Hello")
+    with pytest.raises(ValueError, match="'' has 0 tokens"):
+        write(Parrot([]), metaspace(), "")
 
 
 def test_characters_come_whole(tiny_tokenizer):
@@ -69,9 +139,9 @@ class Parrot:
     def __init__(self, ids):
         self.ids = list(ids)
         self.config = type("Config", (), {"max_position_embeddings": 1000})
-        self.generation_config = type("GenerationConfig", (), {"eos_token_id": None})
+        self.generation_config = GenerationConfig()
 
-    def generate(self, ids, attention_mask, max_new_tokens, streamer):
+    def generate(self, ids, max_new_tokens, streamer, **_):
         streamer.put(ids)
         for token in self.ids[:max_new_tokens]:
             streamer.put(torch.tensor([token]))

@@ -5,26 +5,35 @@ and an OSError if there is no such file, folder or hub id.
 """
 
 from collections.abc import Callable
+from inspect import signature
+from itertools import islice
 from pathlib import Path
 
-from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .digests import unchecked_files
-from .hf_gpt2 import read_hf_gpt2
+from .hf_gpt2 import read_hf_gpt2, weight_files
 from .llmc import is_llmc, read_llmc
 from .openai_release import read_openai_release
 from .pickles import Pickle
 from .sources import GPT2Source
-from .state_dicts import read_nanogpt, read_textbook
+from .state_dicts import read_nanogpt, read_weights
+from .vocabularies import take_vocabulary
 
 FORMATS: dict[str, Callable[..., GPT2Source]] = {
     "openai": read_openai_release,
     "hf": read_hf_gpt2,
     "nanogpt": read_nanogpt,
-    "textbook": read_textbook,
+    "textbook": read_weights,
+    "state_dict": read_weights,
     "llmc": read_llmc,
 }
 # The format of a folder by a file in it.
 _MARKS = {"hparams.json": "openai", "config.json": "hf", "ckpt.pt": "nanogpt"}
+_MARKS |= {"adapter_config.json": "hf"}
+# What files of other programs begin with, what they are, and what to do.
+_FOREIGN = {
+    b"GGUF": "a GGUF file; load it with GPT2LMHeadModel.from_pretrained(FOLDER, gguf_file=NAME)",
+    b"\x89HDF": "TensorFlow's weights; load it with transformers below 5 and from_tf=True",
+}
 
 
 def recognize(source: str) -> str:
@@ -34,13 +43,39 @@ def recognize(source: str) -> str:
         for name, kind in _MARKS.items():
             if (path / name).is_file():
                 return kind
-        raise ValueError(f"{source} is not a GPT-2: it has none of {', '.join(_MARKS)}")
+        near = [str(child) for child in islice(path.iterdir(), 1000) if _may_be_source(child)]
+        hint = f"; did you mean {' or '.join(sorted(near)[:3])}?" if near else ""
+        raise ValueError(f"{source} is not a GPT-2: it has none of {', '.join(_MARKS)}{hint}")
     if not path.is_file():
         return "hf"
+    with path.open("rb") as file:
+        if foreign := _FOREIGN.get(file.read(4)):
+            raise ValueError(f"{source} is {foreign}, save_pretrained it, and convert that")
+    if path.suffix == ".safetensors":
+        return "state_dict"
     if is_llmc(source):
         return "llmc"
     content = Pickle(source).content
-    return "nanogpt" if isinstance(content, dict) and "model_args" in content else "textbook"
+    entries = content if isinstance(content, dict) else {}
+    has_sizes = "model_args" in entries or hasattr(entries.get("config"), "fields")
+    return "nanogpt" if has_sizes else "state_dict"
+
+
+def _may_be_source(path: Path) -> bool:
+    if path.is_dir():
+        return any((path / name).is_file() for name in _MARKS)
+    return path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+
+
+def _whole(source: str) -> str:
+    """The folder of `source` if that is one of the files of a GPT-2 in several files."""
+    path = Path(source)
+    beside = {name for name in ("hparams.json", "config.json") if path.with_name(name).is_file()}
+    if not path.is_file() or not beside:
+        return source
+    parts = weight_files(path.parent) if "config.json" in beside else []
+    is_part = path in parts or path.suffix == ".json" or path.name == "checkpoint"
+    return str(path.parent) if is_part or path.name.startswith("model.ckpt") else source
 
 
 def open_source(
@@ -51,18 +86,24 @@ def open_source(
     Args:
         kind: one of `FORMATS`; recognised if not given.
         tokenizer: folder of the vocabulary, if `source` has none.
-        options: for `read_textbook`.
+        options: for the format's reader, where they are not None.
 
     Raises:
         ValueError: as its reader, or its vocabulary is larger than its embedding.
     """
+    source = _whole(source)
     kind = kind or recognize(source)
-    opened = FORMATS[kind](source, **(options if kind == "textbook" else {}))
+    read = FORMATS[kind]
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() - signature(read).parameters.keys():
+        option = f"--{name.replace('_', '-')}"
+        raise ValueError(f"{source} ({kind}) says itself what {option} would; leave it out")
+    opened = read(source, **given)
     if kind != "openai":  # its checkpoints have checksums of their own
         files = {tensor.file for tensor in opened.tensors.values()}
         opened.unchecked = unchecked_files([Path(file) for file in sorted(files)])
     if tokenizer is not None:
-        opened.adopt(ScratchGPTTokenizer.from_pretrained(tokenizer))
+        take_vocabulary(opened, Path(tokenizer))
     if opened.tokenizer is not None and len(opened.tokenizer) > opened.config.vocab_size:
         theirs = f"the vocabulary has {len(opened.tokenizer)} tokens, and the model of {source}"
         raise ValueError(f"{theirs} {opened.config.vocab_size}; pass the tokenizer of its training")

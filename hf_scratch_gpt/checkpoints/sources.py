@@ -6,19 +6,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
-from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .names import CAUSAL_MASK
 
 # What torch.compile and DistributedDataParallel put before the names of what they wrap.
 WRAPPERS = ("_orig_mod.", "module.")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# transformers gives a tokenizer without a longest text 10^30 tokens.
-_NO_LENGTH = 1e20
 # Of content that is not what its reader expects; a RecursionError is a RuntimeError.
 _ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -65,45 +64,55 @@ class GPT2Source:
     Args:
         origin: the format, in words.
         path: the file, folder or hub id.
-        config: sizes and switches.
+        config: sizes and switches of what it becomes.
+        theirs: what its own code computes, in the terms of transformers' GPT-2. Verification goes
+            by this, so it is never made of `config`.
         tensors: by transformers' name in a base model, and `lm_head.weight`; what has no such name
             by its own.
         dropped: names of tensors left out on purpose, and why.
+        notes: what else a user should know of how it was read.
         inputs_first: whether matrices are (inputs, outputs).
         biases_optional: whether a missing bias is a bias of zeros.
         tokenizer: the vocabulary that came with it.
+        tokenizer_files: what to copy in its place.
         unchecked: files without a checksum, in their format or in a list of digests.
     """
 
     origin: str
     path: str
     config: ScratchGPTConfig
+    theirs: GPT2Config
     tensors: dict[str, StoredTensor]
     dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     inputs_first: bool = False
     biases_optional: bool = False
-    tokenizer: ScratchGPTTokenizer | None = None
+    tokenizer: PreTrainedTokenizerFast | None = None
+    tokenizer_files: list[Path] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
-    def adopt(self, tokenizer: ScratchGPTTokenizer) -> None:
+    def adopt(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Take `tokenizer`, and from it the special tokens that the configuration lacks."""
         self.tokenizer = tokenizer
         for name in TOKENS:
             if getattr(self.config, name) is None:
                 setattr(self.config, name, getattr(tokenizer, name))
-        if tokenizer.model_max_length > _NO_LENGTH:
-            tokenizer.model_max_length = self.config.max_position_embeddings
+        positions = self.config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
     def untie_or_drop_head(self) -> None:
-        """Drop the output head if it repeats the token embedding; else untie them."""
+        """Drop the output head if it is the token embedding, else untie them."""
         head, embedding = self.tensors.get("lm_head.weight"), self.tensors.get("wte.weight")
-        if head is None or embedding is None:
+        if head is None:
             return
-        if head.dtype == embedding.dtype and torch.equal(head.read(), embedding.read()):
+        if embedding is None:
+            self.tensors["wte.weight"] = self.tensors.pop("lm_head.weight")
+            self.notes.append(f"took     {head.name} as the token embedding too, which is missing")
+        elif head.dtype == embedding.dtype and torch.equal(head.read(), embedding.read()):
             self.dropped[head.name] = "the same as the token embedding"
             del self.tensors["lm_head.weight"]
         else:
-            self.config.tie_word_embeddings = False
+            self.config.tie_word_embeddings = self.theirs.tie_word_embeddings = False
 
     def trim_vocabulary(self, size: int) -> None:
         """Keep the first `size` tokens, of which the last ends texts, and drop the padding."""
@@ -115,7 +124,7 @@ class GPT2Source:
             shape, rows = (size, whole.shape[1]), whole.shape[0] - size
             self.tensors[name] = whole.made(lambda tensor: tensor[:size], shape)
             self.dropped[f"{whole.name}, last {rows} rows"] = "padding of the vocabulary"
-        self.config.vocab_size = size
+        self.config.vocab_size = self.theirs.vocab_size = size
         for token in TOKENS:
             setattr(self.config, token, size - 1)
 
@@ -133,6 +142,11 @@ def joined(parts: list[StoredTensor]) -> StoredTensor:
         shape=(sum(part.shape[0] for part in parts if part.shape), *first.shape[1:]),
         read=lambda: torch.cat([part.read() for part in parts]),
     )
+
+
+def gpt2(**fields: Any) -> GPT2Config:
+    """The configuration of a GPT-2 by transformers' code, without special tokens."""
+    return GPT2Config(**fields | dict.fromkeys(TOKENS))
 
 
 @contextmanager

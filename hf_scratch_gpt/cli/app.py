@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from .serve import serve
 from .size_table import find_config, show, summarize
 
 if TYPE_CHECKING:
@@ -202,6 +203,9 @@ def demo(
     from .demo import run_demo
 
     run_demo(out, Console(highlight=False, markup=False))
+
+
+app.command()(serve)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from .one_token import OneToken, can_compute
 
 # What `generate` does not hand to a loop that it is given, and caches, which the C++ does not fill.
 _FOR_OTHER_LOOPS = (
-    *("custom_generate", "assistant_model", "synced_gpus", "tokenizer"),
+    *("custom_generate", "assistant_model", "synced_gpus"),
     *("cache", "past_key_values", "cache_params"),
 )
 # Of what `generate` hands to a loop, what the C++ reads or need not.
@@ -54,6 +54,8 @@ class FastGeneration(GenerationMixin):
         ids = kwargs.get("input_ids", inputs)
         if len(args) > 1 or any(kwargs.get(name) is not None for name in _FOR_OTHER_LOOPS):
             return super().generate(inputs, *args, **kwargs)
+        if kwargs.get("tokenizer") is not None and _needs_tokenizer(model, args, kwargs):
+            return super().generate(inputs, *args, **kwargs)
         if model.device.type != "cpu":
             args, kwargs = _with_static_cache(model, args, kwargs)
         elif (
@@ -76,6 +78,13 @@ class FastGeneration(GenerationMixin):
         if weights is not None:
             raise ValueError(f"the weights are in {weights}; save the model before it is optimized")
         super().save_pretrained(*args, **kwargs)
+
+
+def _needs_tokenizer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `generate` reads its tokenizer, which it does not do for a loop that it is given."""
+    configs = [*args, kwargs.get("generation_config"), model.generation_config]
+    places = [kwargs, *(vars(config) for config in configs if config is not None)]
+    return any(place.get(name) for place in places for name in ("stop_strings", "token_healing"))
 
 
 def _with_static_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -75,7 +75,7 @@ class _LossOfPieces(torch.autograd.Function):
                 slopes, label = torch.log_softmax(logits, dim=-1, dtype=wide), label[:, None]
                 total -= slopes.gather(1, label).sum()
                 slopes.exp_().scatter_add_(1, label, slopes.new_full(label.shape, -1))
-                slopes = (slopes * share).to(dtype)
+                slopes = slopes.mul_(share).to(dtype)
                 torch.mm(slopes, narrow, out=grad_rows)
                 if grad_weight is not None and wide == dtype:
                     grad_weight.addmm_(slopes.T, rows)

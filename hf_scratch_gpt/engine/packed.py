@@ -91,8 +91,8 @@ class PackedLinear(nn.Linear):
 
     def is_packed_for(self, input: torch.Tensor) -> bool:
         """Whether the packed copy can be used: not if the weight has changed."""
-        is_still_right = self.packed is not None and self.packed.is_of(self.weight)
-        return is_still_right and self._only_multiplies(input)
+        is_packed = self._only_multiplies(input) and self.packed is not None
+        return is_packed and self.packed.is_of(self.weight)
 
     def _only_multiplies(self, input: torch.Tensor) -> bool:
         """Whether no gradient is wanted, autocast changes no type, and all is torch's own."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import tiktoken
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from .vocabulary_scratch_gpt import BYTE_TO_UNICODE, END_OF_TEXT, Vocabulary, token_bytes
 
@@ -17,7 +17,56 @@ SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 _LONG_SPACE = 10_000
 
 
-def check_encoders(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+# Switches of the tokenizers library that make another BPE of it.
+_OTHER_BPE = ["dropout", "byte_fallback", "ignore_merges"]
+_OTHER_BPE += ["continuing_subword_prefix", "end_of_word_suffix"]
+
+# The post-processor that adds nothing.
+_BARE = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+
+
+def build_backend(vocabulary: Vocabulary) -> Tokenizer:
+    """The tokenizers library's object: GPT-2's, or as the vocabulary's `tokenizer.json` says."""
+    check_encoders(vocabulary)
+    if vocabulary.description is None:
+        backend = Tokenizer(models.BPE(vocabulary.ids, vocabulary.merges))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        return backend
+    try:
+        backend = Tokenizer.from_str(vocabulary.description)
+    except Exception as error:  # the library has no narrower class
+        raise ValueError(f"{vocabulary.origin} cannot be read: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def landmarks(vocabulary: Vocabulary) -> dict[str, int]:
+    """Four of the merged tokens, from the first to the last, by which to know the merges again."""
+    made = [left + right for left, right in vocabulary.merges]
+    return {token: vocabulary.ids[token] for token in made[:: len(made) // 3 + 1] + made[-1:]}
+
+
+def encodes_as_tiktoken(backend: Tokenizer, landmarks: dict[str, int]) -> bool:
+    """Whether the tokenizers library's object still gives the ids that it was built for."""
+    model, splitter, post = backend.model, backend.pre_tokenizer, backend.post_processor
+    return (
+        backend.normalizer is None
+        and isinstance(splitter, pre_tokenizers.ByteLevel)
+        and splitter.use_regex
+        and not splitter.add_prefix_space
+        and (isinstance(post, processors.ByteLevel) or post.__getstate__() == _BARE.__getstate__())
+        and isinstance(model, models.BPE)
+        and not any(getattr(model, name) for name in _OTHER_BPE)
+        and all(
+            model.token_to_id(token) == token_id and len(model.tokenize(token)) == 1
+            for token, token_id in landmarks.items()
+        )
+    )
+
+
+def check_encoders(vocabulary: Vocabulary) -> None:
     """Raise a ValueError unless merging makes each token by its own merge.
 
     tiktoken joins any two neighbours that make a token together, the tokenizers library only those
@@ -25,6 +74,7 @@ def check_encoders(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
     each token's own bytes merge to it by the list, no other pair ever stands there to be joined,
     and the two give the same ids.
     """
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, vocabulary.merges))
     tokens = [left + right for left, right in vocabulary.merges]
     for number, encoding in enumerate(tokenizer.encode_batch_fast(tokens)):
         if len(encoding) != 1:

@@ -139,9 +139,9 @@ def _check_source(source: Any, has_rules: bool, options: dict[str, Any]) -> None
             f"{options['gguf_file']} is a GGUF file, which is not read here; load it with "
             "GPT2LMHeadModel, call save_pretrained, and load what that wrote"
         )
-    where = {name: value for name, value in options.items() if isinstance(value, str | bool)}
-    where.pop("trust_remote_code", None)  # of which the configuration alone warns
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     try:
+        where = {name: options[name] for name in names if name in options}
         fields, _ = PretrainedConfig.get_config_dict(source, **where)
     except OSError:  # an adapter's folder; or it will be raised again
         return
@@ -149,8 +149,8 @@ def _check_source(source: Any, has_rules: bool, options: dict[str, Any]) -> None
         return
     if not has_rules:
         raise ValueError(
-            f"{source} is a GPT-2 checkpoint, which code saved with a model cannot convert; import "
-            "hf_scratch_gpt before it is loaded"
+            f"{source} is a GPT-2 checkpoint, which code saved with a model cannot convert; load "
+            "it by the classes of the package hf_scratch_gpt, or convert it with that package"
         )
     splits = any(options.get(name) for name in ("distributed_config", "tp_plan", "tp_size"))
     if splits or options.get("quantization_config") or fields.get("quantization_config"):

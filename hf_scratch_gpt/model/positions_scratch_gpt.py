@@ -15,13 +15,13 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
 # What hosts hand to every model: transformers' own arguments, those of its continuous batching and
-# of its debugger, and the attention layers that vLLM brings.
+# of its debugger, the tokenizer that `generate` was given, the attention layers that vLLM brings.
 _FROM_HOSTS = frozenset(
     [
         *TransformersKwargs.__annotations__,
         *PagedAttentionArgs.__annotations__,
         *("debug_io", "debug_io_dir", "prune_layers"),
-        "attention_instances",
+        *("tokenizer", "attention_instances"),
     ]
 )
 _OF_LOSS = frozenset(["num_items_in_batch", "ignore_index", "shift_labels"])
@@ -165,7 +165,7 @@ def positions_of(
     padding_mask = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         padding_mask = attention_mask
-        rows = len(padding_mask)
+        rows = padding_mask.shape[0]  # `len` would fix the number in an export
         if rows != batch:
             raise ValueError(
                 f"attention_mask has {rows} rows for {batch} texts; give a row for each"

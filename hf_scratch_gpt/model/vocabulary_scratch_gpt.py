@@ -17,10 +17,6 @@ from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Switches of the tokenizers library that make another BPE of it.
-_OTHER_BPE = ["dropout", "byte_fallback", "ignore_merges"]
-_OTHER_BPE += ["continuing_subword_prefix", "end_of_word_suffix"]
-
 
 def byte_to_unicode() -> dict[int, str]:
     """The printable character by which vocabulary files write each byte.
@@ -53,13 +49,16 @@ def token_text(token: bytes) -> str:
 class Vocabulary:
     """Tokens with their ids, and merges in their order; tokens are written as in vocabulary files.
 
-    `origin` and `lines` say, for messages, which file the merges stand in and in which lines.
+    `origin` and `lines` say, for messages, which file the merges stand in and in which lines;
+    `description` is the `tokenizer.json` that it was read from, and `added` its added tokens.
     """
 
     ids: dict[str, int]
     merges: list[tuple[str, str]]
     origin: str
     lines: list[int] = field(default_factory=list)
+    description: str | None = None
+    added: set[str] = field(default_factory=set)
 
     def where(self, merge: int) -> str:
         """The place of merge number `merge`, for an error message."""
@@ -67,28 +66,29 @@ class Vocabulary:
 
 
 def read_vocabulary(
-    vocab_file: str | None,
-    merges_file: str | None,
-    described: dict[str, Any] | None,
-    special: set[str],
+    vocab: Any, merges: Any, file: str | None, backend: Any, special: Sequence[Any]
 ) -> Vocabulary:
-    """Read the vocabulary from the files that the tokenizer is given, and check it.
+    """Read the vocabulary from what the tokenizer is given, and check it.
 
-    `described` is the content of a `tokenizer.json`, used if there are no other files; no merge
-    needs to make a token that is `special`. A ValueError names file and line or token.
+    A `tokenizer.json`, that of `file` or as `backend` would write it, comes first; no merge needs
+    to make a token that is `special`. A ValueError names file and line or token.
     """
-    if vocab_file is not None and vocab_file.endswith(".tiktoken"):
-        vocabulary = read_ranks(Path(vocab_file))
-    elif vocab_file is not None and merges_file is not None:
-        vocabulary = read_pair(Path(vocab_file), Path(merges_file))
-    elif described is not None:
-        vocabulary = read_description(described)
+    if backend is not None:
+        vocabulary = read_description(backend.to_str(), "tokenizer_object")
+    elif file is not None:
+        vocabulary = read_description(read_text(Path(file)), str(file))
+    elif isinstance(vocab, dict):
+        vocabulary = read_content(vocab, merges, "vocab and merges")
+    elif vocab is not None and Path(vocab).suffix == ".tiktoken":
+        vocabulary = read_ranks(Path(vocab))
+    elif vocab is not None and merges is not None:
+        vocabulary = read_pair(Path(vocab), Path(merges))
     else:
         raise ValueError(
             "a vocabulary takes vocab.json and merges.txt (or encoder.json and vocab.bpe), a "
-            f"tokenizer.json or a .tiktoken file; there is {vocab_file or merges_file or 'no file'}"
+            f"tokenizer.json or a .tiktoken file; there is {vocab or merges or 'no file'}"
         )
-    check(vocabulary, special)
+    check(vocabulary, vocabulary.added.union(map(str, special)))
     return vocabulary
 
 
@@ -144,44 +144,39 @@ def read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
     return Vocabulary(ids, merges, str(merges_path), lines)
 
 
-def read_tokenizer_json(text: str, origin: str) -> dict[str, Any]:
-    """The content of a `tokenizer.json`, with its origin; another way to split is refused."""
+def read_description(text: str, origin: str) -> Vocabulary:
+    """Read the text of a `tokenizer.json`."""
     content = read_json(text, origin)
-    model, splitter = content.get("model") or {}, content.get("pre_tokenizer") or {}
-    added = content.setdefault("added_tokens", [])
-    shapes = (model, dict), (splitter, dict), (added, list), (model.get("vocab"), dict)
+    model, added = content.get("model"), content.get("added_tokens") or []
+    if isinstance(model, dict) and model.get("type", "BPE") != "BPE":
+        raise ValueError(
+            f"{origin} has a model of type {model['type']!r}, not a byte-level BPE; load it with "
+            "transformers' PreTrainedTokenizerFast"
+        )
+    shapes = (model, dict), (added, list), (isinstance(model, dict) and model.get("vocab"), dict)
     if not all(isinstance(value, kind) for value, kind in shapes) or not all(
         isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
     ):
         raise ValueError(f"{origin} lacks a vocabulary, or has added tokens without content")
-    differences = [
-        f"model of type {model.get('type')!r}" if model.get("type", "BPE") != "BPE" else "",
-        f"pre_tokenizer {splitter.get('type')!r}" if splitter.get("type") != "ByteLevel" else "",
-        "normalizer" if content.get("normalizer") else "",
-        "pre_tokenizer without its pattern" if not splitter.get("use_regex", True) else "",
-        *(name for name in _OTHER_BPE if model.get(name)),
-    ]
-    if any(differences):
-        raise ValueError(
-            f"{origin} is not a byte-level BPE tokenizer of GPT-2's kind "
-            f"({', '.join(filter(None, differences))}); load it with transformers' "
-            "PreTrainedTokenizerFast"
-        )
-    return {**content, "origin": origin}
+    added_ids = [token.get("id") for token in added]
+    vocabulary = read_content(model["vocab"], model.get("merges"), origin, added_ids)
+    vocabulary.description, vocabulary.added = text, {token["content"] for token in added}
+    return vocabulary
 
 
-def read_description(content: dict[str, Any]) -> Vocabulary:
-    """The vocabulary in the content of a `tokenizer.json`."""
-    origin, model = content["origin"], content["model"]
-    check_ids(model["vocab"], origin, [token.get("id") for token in content["added_tokens"]])
+def read_content(
+    ids: dict[str, int], written: Any, origin: str, added: Sequence[int] = ()
+) -> Vocabulary:
+    """The vocabulary of `ids`, and of merges that are pairs or written "a b"."""
+    check_ids(ids, origin, added)
     merges = []
-    for merge in model.get("merges") or []:
+    for merge in written or []:
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        is_pair = isinstance(parts, list) and len(parts) == 2
+        is_pair = isinstance(parts, (list, tuple)) and len(parts) == 2
         if not is_pair or not all(isinstance(part, str) for part in parts):
             raise ValueError(f"{origin} has the merge {merge!r}, which is not two tokens")
         merges.append((parts[0], parts[1]))
-    return Vocabulary(model["vocab"], merges, origin)
+    return Vocabulary(ids, merges, origin)
 
 
 def read_ranks(path: Path) -> Vocabulary:
@@ -258,10 +253,10 @@ def check(vocabulary: Vocabulary, special: set[str]) -> None:
     made = set(BYTE_TO_UNICODE.values())
     for number, (left, right) in enumerate(vocabulary.merges):
         where, merged = vocabulary.where(number), left + right
-        for token in (left, right, merged):
-            if token not in ids:
-                pair = f"{left!r} and {right!r}"
-                raise ValueError(f"{where} merges {pair}, but {token!r} is not a token")
+        if merged not in ids:
+            raise ValueError(
+                f"{where} merges {left!r} and {right!r}, but {merged!r} is not a token"
+            )
         for token in (left, right):
             if token not in made:
                 raise ValueError(f"{where} merges {token!r}, which no earlier merge has made")

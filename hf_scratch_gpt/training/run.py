@@ -3,6 +3,7 @@
 The same call runs in one process, and in each of several under `torchrun` or `accelerate launch`.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,8 +122,9 @@ def train(
     """
     setup.check_installed()
     folder = Path(output_dir)
-    encoder = setup.load_tokenizer(tokenizer, model)
+    encoder = copy.copy(setup.load_tokenizer(tokenizer, model))
     config, trained = setup.load_start(model, encoder, overrides)
+    encoder.model_max_length = min(encoder.model_max_length, config.max_position_embeddings)
     size = setup.checked_block_size(block_size, config)
     arguments = setup.make_arguments(folder, trained is None, bool(validation), training_arguments)
     setup.on_first_process(arguments, lambda: runs.read_record(folder) and None)

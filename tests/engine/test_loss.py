@@ -121,24 +121,6 @@ def models(**fields):
     return model, optimize_for_training(own)
 
 
-@pytest.mark.usefixtures("slow_half")
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_model_learns_as_before(autocast):
-    ids, losses = random_ids(4, 20), []
-    for model in models():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        losses.append([])
-        for _ in range(5):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                outputs = model(ids, labels=ids)
-            outputs.loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(outputs.loss.item())
-        assert (outputs.logits is None) == model.config.chunked_loss
-    assert losses[1] == pytest.approx(losses[0], rel=5e-3 if autocast else 1e-5)
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_trainer(tmp_path, smoothing):
     """Gradient accumulation over texts of unequal lengths, and label smoothing."""

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation, restore
 from hf_scratch_gpt.engine.one_token import OneToken, can_compute
 from hf_scratch_gpt.engine.packed import Int8Linear
-from hf_scratch_gpt.engine.products import WAYS, call, fastest_way, multiply_seconds, product_of
+from hf_scratch_gpt.engine.products import WAYS, call, product_of
 
 from ..models import random_ids, random_model
 
@@ -135,19 +135,6 @@ def test_any_number_of_threads_and_way_to_read_gives_the_same(weights):
             torch.set_num_threads(1)
             results.append(logits_by_steps(model, ids, way, threads))
     assert all(torch.equal(result, results[0]) for result in results)  # each row is one thread's
-
-
-@torch.no_grad()
-def test_which_way_to_read_is_tried(monkeypatch):
-    layer = torch.nn.Linear(200, 50)
-    assert all(multiply_seconds(layer, way) > 0 for way in WAYS)
-    for fastest in WAYS:
-        seconds = [1.0 if way == fastest else 2.0 for way in WAYS]
-        monkeypatch.setattr(
-            "hf_scratch_gpt.engine.products.multiply_seconds",
-            lambda layer, way, by=seconds: by[way],
-        )
-        assert fastest_way([layer, layer]) == fastest
 
 
 def test_what_it_cannot_compute():

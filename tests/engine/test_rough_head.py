@@ -101,36 +101,6 @@ def test_of_equal_rows_the_first():
     assert max(quick) < 19
 
 
-@pytest.mark.parametrize("change", [nothing, with_a_mean])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@torch.no_grad()
-def test_no_product_is_off_by_more_than_its_error(dtype, change):
-    head = make(change, dtype, hidden_size=256).lm_head
-    rough, exact = rough_of(head), head.weight.double()
-    apart, rounded = exact - exact.mean(0), rough.weight.double() * rough.scale.double()[:, None]
-    worst = apart - rounded  # a vector along the error itself
-    for vectors in (worst, torch.randn(50, 256, dtype=torch.float64)):
-        vectors = vectors / vectors.norm(dim=1, keepdim=True)
-        off = (vectors @ worst.T).abs()
-        assert (off <= rough.errors).all()
-    assert (off.amax(0) > 0).any()
-    if change is nothing:
-        assert (rough.errors < 2 * worst.norm(dim=1)).all()  # and it is no more than is needed
-    assert (rough.lengths >= rounded.norm(dim=1)).all()
-
-
-@torch.no_grad()
-def test_the_copy_decides_what_is_read():
-    model = make()
-    tokens = random_ids(1)
-    quick, whole = both(model, tokens)
-    assert quick == whole
-    rough_of(model.lm_head).weight[whole[0]] *= -1
-    quick, still = both(model, tokens)
-    assert still == whole
-    assert quick != whole
-
-
 @pytest.mark.parametrize("number", [torch.inf, torch.nan, 3e38])
 @torch.no_grad()
 def test_numbers_beyond_measure(number):
@@ -185,25 +155,6 @@ def test_changed_weights_are_seen():
     assert quick == whole
     assert quick != before
     assert both(copied, tokens)[0] == before
-
-
-@torch.no_grad()
-def test_a_copy_with_a_tied_head():
-    model = optimize_for_generation(random_model(ScratchGPTForCausalLM).eval())
-    copied, tokens = copy.deepcopy(model), random_ids(4)
-    assert copied.lm_head.weight is copied.model.embed_tokens.weight
-    before, whole = both(copied, tokens, is_used=True)
-    assert before == whole == both(model, tokens, is_used=True)[0]
-    copied.model.embed_tokens.weight.neg_()
-    assert rough_of(copied.lm_head) is None
-    assert rough_of(model.lm_head) is not None
-
-
-def test_who_has_none():
-    half = random_model(ScratchGPTForCausalLM).eval().half()
-    assert rough_of(optimize_for_generation(half).lm_head) is None
-    in_int8 = random_model(ScratchGPTForCausalLM).eval()
-    assert rough_of(optimize_for_generation(in_int8, weights="int8").lm_head) is None
 
 
 def as_rows(model, *rows):

@@ -1,6 +1,7 @@
 """Parts of one model are exchanged by one table, and put back."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -46,6 +47,20 @@ def test_restore(optimize, attention):
             assert each.generation_config.to_dict() == generation
             assert torch.equal(each(ids).logits, expected)
     assert restore(model) is model  # there is nothing to do
+
+
+@pytest.mark.parametrize("optimize", [optimize_for_generation, optimize_for_training])
+def test_copies_and_pickles(optimize, steps):
+    """They are optimized as well, each for itself."""
+    model, ids = optimize(random_model(ScratchGPTForCausalLM).eval()), random_ids(1, 7)
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert classes(other) == classes(model)
+        assert other.lm_head.weight is other.model.embed_tokens.weight
+        assert torch.equal(other.generate(ids, max_new_tokens=5, do_sample=False), expected)
+        other.model.embed_tokens.weight.data.neg_()
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+    assert len(steps) == (16 if optimize is optimize_for_generation else 0)
 
 
 def test_from_one_to_the_other(logged_warnings):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.backends import mkldnn
 from transformers import DynamicCache
@@ -13,6 +14,7 @@ from hf_scratch_gpt import (
     ScratchGPTForCausalLM,
     ScratchGPTForSequenceClassification,
     optimize_for_training,
+    restore,
 )
 from hf_scratch_gpt.engine import half
 from hf_scratch_gpt.engine.training import LeanFeedForward, LeanLinear, own_product
@@ -188,20 +190,42 @@ def test_gradients(attention, dtype, is_padded):
     assert (slopes - exact[1]).norm() < tolerance * exact[1].norm()
 
 
-def test_slow_attention_is_computed_in_float32(monkeypatch):
-    """In training; written out, in inference too. What comes of it is in half precision."""
+def test_slow_attention_learns_in_float32(monkeypatch):
+    """What comes of it is in half precision, and the model's attention keeps its name."""
     monkeypatch.setattr(half, "_SLOW_DTYPES", frozenset([torch.bfloat16]))
-    seen, softmax = [], torch.softmax
-    monkeypatch.setattr(torch, "softmax", lambda x, **k: seen.append(x.dtype) or softmax(x, **k))
-    for attention, has_gradient in (("sdpa", True), ("eager", True), ("eager", False)):
-        model, seen_by_hook = learner(torch.bfloat16, attn_implementation=attention), []
-        model.model.layers[0].self_attn.register_forward_hook(
-            lambda module, args, output, seen=seen_by_hook: seen.append(output[0].dtype)
-        )
-        with torch.set_grad_enabled(has_gradient):
-            model(random_ids(1, 9))
-        assert seen_by_hook == [torch.bfloat16]
-    assert seen == 6 * [torch.float32]
+    seen, attend = [], nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *args, **kwargs: seen.append(query.dtype) or attend(query, *args, **kwargs),
+    )
+    model = learner(torch.bfloat16)
+    for mask in (None, torch.zeros(1, 1, 9, 9, dtype=torch.bfloat16)):
+        model(random_ids(1, 9), attention_mask=mask).logits.sum().backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, _ = model.float().model.layers[0].self_attn(torch.randn(1, 9, 32), mask)
+        assert output.dtype == torch.bfloat16
+        model.to(torch.bfloat16)
+    assert seen == 8 * [torch.float32]
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    weights = model(random_ids(1, 9), output_attentions=True).attentions
+    assert [each.dtype for each in weights] == 3 * [torch.bfloat16]
+    assert restore(model).config._attn_implementation == "eager"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks by it
+@pytest.mark.parametrize("first", [True, False])
+def test_adapters_of_slow_half_precision(first, monkeypatch):
+    """Added before and after: what they wrap takes what it is given."""
+    monkeypatch.setattr(half, "_SLOW_DTYPES", frozenset([torch.bfloat16]))
+    model = random_model(ScratchGPTForCausalLM, drop_rate=0.0).train().to(torch.bfloat16)
+    model = model if first else optimize_for_training(model)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    if first:
+        optimize_for_training(adapted.base_model.model)
+    adapted(input_ids=(ids := random_ids(2, 9)), labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)
 
 
 def test_gradient_checkpointing_and_dropout():

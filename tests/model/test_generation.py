@@ -202,3 +202,29 @@ def test_export_equals_eager(pair, logged_warnings):
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     # the exporter says that it is experimental, and that naming the dynamic axes would be faster
     assert all("Exporter is experi" in w or "dynamic=True" in w for w in logged_warnings)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Exporting aten..index:UserWarning")  # transformers' masks do
+def test_the_older_onnx_exporter_takes_a_mask(pair, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class OfIdsAndMask(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask):
+            return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    path, names = str(tmp_path / "model.onnx"), ["ids", "mask"]
+    exported = OfIdsAndMask(pair[1])
+    torch.onnx.export(exported, (ids, mask), path, input_names=names, dynamo=False)
+    inputs = {"ids": ids.numpy(), "mask": mask.numpy()}
+    (logits,) = onnxruntime.InferenceSession(path).run(None, inputs)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = pair[0](ids, attention_mask=mask, position_ids=positions).logits
+    kept = mask.bool()
+    torch.testing.assert_close(torch.tensor(logits)[kept], expected[kept], atol=1e-4, rtol=0)

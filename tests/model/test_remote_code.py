@@ -48,7 +48,7 @@ assert names["scratch_gpt"] == "ScratchGPTForCausalLM"
 try:
     type(model).from_pretrained(gpt2)
 except ValueError as error:
-    assert "cannot convert; import hf_scratch_gpt before" in str(error), error
+    assert "by the classes of the package hf_scratch_gpt" in str(error), error
 else:
     raise AssertionError("random weights in place of a GPT-2's")
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)

@@ -4,24 +4,12 @@ import peft
 import pytest
 import torch
 from packaging import version
-from peft import (
-    AdaptionPromptConfig,
-    LoraConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    get_peft_model,
-)
+from peft import AdaptionPromptConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import constants
 from torch import nn
-from transformers import (
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
@@ -128,16 +116,16 @@ def test_lora_trains_with_peft_defaults_and_reloads(tmp_path):
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
 
 
+def llama():
+    """Of the shapes of `random_model`, and one matrix more in each layer, `gate_proj`."""
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=128, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, attention_bias=True, **sizes))
+
+
 @pytest.mark.parametrize("method", ["LORA", "GLORA", "IA3", "OSF", "BEFT", "VERA"])
 def test_peft_adapts_by_default_what_it_adapts_of_llama(method):
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97, hidden_size=32, intermediate_size=128, num_hidden_layers=3,
-            num_attention_heads=4, pad_token_id=0, attention_bias=True,
-        )
-    )  # fmt: skip
     adapted, ids = [], random_ids(1, 6)
-    for model in (llama, random_model(ScratchGPTForCausalLM)):
+    for model in (llama(), random_model(ScratchGPTForCausalLM)):
         model = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM"))
         layers = [n for n, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
         adapted.append({name for name in layers if "gate_proj" not in name})  # Llama's alone
@@ -174,11 +162,9 @@ def test_adaption_prompts_do_what_they_do_to_gpt2(small_gpt2):
 
 def test_tools_that_ask_for_the_exact_type_see_as_many_linear_layers_as_in_llama():
     """bitsandbytes, GLoRA and FLOP counters ask so, and pass over a subclass in silence."""
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3))
-    ours = random_model(ScratchGPTForCausalLM)
     counts = [
         sum(type(part) is nn.Linear and "gate_proj" not in name for name, part in m.named_modules())
-        for m in (llama, ours)
+        for m in (llama(), random_model(ScratchGPTForCausalLM))
     ]
     assert counts == [3 * 6 + 1] * 2
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     TrainerCallback,
     trainer_pt_utils,
 )
@@ -80,6 +81,8 @@ def test_texts_become_a_saved_model_with_its_tokenizer(run, held_out, tiny_token
     assert {config.bos_token_id, config.eos_token_id, config.pad_token_id} == {399}
     again = AutoTokenizer.from_pretrained(result.folder)
     assert again("The work")["input_ids"] == tiny_tokenizer("The work")["input_ids"]
+    saved = PreTrainedTokenizerFast.from_pretrained(result.folder)
+    assert saved.model_max_length == 16 < tiny_tokenizer.model_max_length
 
     assert len(held_out) % 4, "the last batch is not full"
     assert result.last("eval_loss") == pytest.approx(held_out_loss(model, held_out), abs=1e-6)

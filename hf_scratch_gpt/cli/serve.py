@@ -1,0 +1,37 @@
+"""`hf-scratch-gpt serve`: a model behind the HTTP interface of OpenAI's API."""
+
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of ours or a GPT-2.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
+    at_once: Annotated[
+        int, typer.Option(help="Texts to write together, by continuous batching.")
+    ] = 1,
+    fast: Annotated[bool, typer.Option("--fast", help="Compile first, to write faster.")] = False,
+    weights: Annotated[str | None, typer.Option(help="With --fast: int8, int4 or fp8.")] = None,
+) -> None:
+    """Serve a model by transformers' own server, to clients of OpenAI's API.
+
+    Completions are at /v1/completions, chat at /v1/chat/completions. A request that does not say
+    how many tokens it wants gets as many as fit; one that goes past the last position is refused.
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ImportError(
+            "serving needs fastapi, uvicorn and openai: pip install 'hf_scratch_gpt[serve]'"
+        )
+    if at_once < 1:
+        raise ValueError(f"--at-once {at_once} is below 1; write at least one text at a time")
+    if weights is not None and not fast:
+        raise ValueError(f"--weights {weights} needs --fast; add it")
+    import uvicorn
+
+    from .server import build_app
+
+    uvicorn.run(build_app(model, at_once, fast=fast, weights=weights), host=host, port=port)

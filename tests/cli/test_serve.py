@@ -1,0 +1,32 @@
+"""`hf-scratch-gpt serve`: its options. What it answers is in tests/clients."""
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+
+def test_serves_at_the_address_that_is_given(run, monkeypatch, converted_tiny):
+    served = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **given: served.append((app, given)))
+    code, _, error = run("serve", converted_tiny, "--port", 8123)
+    assert code == 0, error
+    ((app, given),) = served
+    assert isinstance(app, FastAPI)
+    assert given == {"host": "127.0.0.1", "port": 8123}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--at-once", 0], "--at-once 0 is below 1"),
+        (["--weights", "int8"], "--weights int8 needs --fast"),
+        ([], "the model '/nowhere' cannot be loaded"),
+    ],
+)
+def test_bad_options_are_refused(options, message, assert_refused):
+    assert_refused(message, "serve", "/nowhere", *options)
+
+
+def test_the_extra_is_named_where_it_is_missing(assert_refused, monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    assert_refused("pip install 'hf_scratch_gpt[serve]'", "serve", "gpt2")

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import END_OF_TEXT
-from ..training.corpus import Blocks, tokenize
+from ..training.blocks import Blocks
+from ..training.corpus import tokenize
 from ..training.run import train
 from ..writing import write
 from .progress import TerminalProgress

@@ -1,16 +1,14 @@
-"""Texts -> one stream of token ids in a file, computed once -> blocks that a model is trained on.
+"""Texts -> one stream of token ids in a file, computed once.
 
-Documents follow one another in the stream, each with the end-of-text token after it, and blocks are
-equal parts of it: there is no padding, and a document may go on from block to block.
+Documents follow one another in the stream, each with the end-of-text token after it.
 """
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
-from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..files import new_file
+from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .texts import Piece, Sources, find, read, size_of
 
 # How many characters a thread encodes at a time; each takes about ten bytes of lists.
-CHARACTERS = 1 << 20
+CHARACTERS = 1 << 19
 
 CACHE = Path(HF_HOME, "hf_scratch_gpt")
 
@@ -163,6 +160,8 @@ def _encoded(
 
     encode([""], [True])  # The first call may change the tokenizer, which must be one thread's.
     pieces = chain.from_iterable(read(source, field) for source in found)
+    if _has_plain_end(tokenizer):
+        pieces = chain.from_iterable(_split(piece, tokenizer.eos_token) for piece in pieces)
     cores = os.cpu_count() or 1
     waiting: deque[tuple[float, Future[bytes]]] = deque()
     pool, total = ThreadPoolExecutor(cores), sum(map(size_of, found))
@@ -180,6 +179,23 @@ def _encoded(
             pool.shutdown(cancel_futures=True)
 
 
+def _has_plain_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the texts around an end-of-text token in a text are encoded as they are alone."""
+    token = tokenizer.added_tokens_decoder.get(tokenizer.eos_token_id)
+    return (
+        isinstance(tokenizer, ScratchGPTTokenizer)
+        and not tokenizer.split_special_tokens
+        and not (token.lstrip or token.rstrip or token.single_word)
+    )
+
+
+def _split(piece: Piece, end: str) -> Iterator[Piece]:
+    """The parts of `piece` between tokens `end`: tiktoken is fast where no token is in a text."""
+    *before, last = piece.text.split(end)
+    yield from (Piece(text, True, 0) for text in before)
+    yield piece._replace(text=last)
+
+
 def _take(pieces: Iterator[Piece]) -> list[Piece]:
     """The next pieces, until they have `CHARACTERS`."""
     batch: list[Piece] = []
@@ -191,15 +207,12 @@ def _take(pieces: Iterator[Piece]) -> list[Piece]:
 
 
 def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> int:
-    """Remove the ids that `tokenize` has kept, apart from those that are being written.
+    """Remove the ids that `tokenize` has kept, apart from those being written; return their bytes.
 
-    A training that is running on them fails; started again, it encodes its texts again.
+    A training that runs on them fails; started again, it encodes its texts again and goes on.
 
     Args:
         cache_dir: as for `tokenize`.
-
-    Returns:
-        How many bytes were removed.
     """
     folder, removed = CACHE if cache_dir is None else Path(cache_dir), 0
     for path in [*folder.glob("*")]:
@@ -210,86 +223,3 @@ def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> int:
                 path.unlink()
                 removed += size
     return removed
-
-
-class Blocks(Dataset):
-    """Equal parts of a stream of tokens, as a model is trained on them.
-
-    Item i is `input_ids` and `labels`, both (`block_size`,) of int64 and equal: the model shifts
-    the labels. Tokens at the end that do not fill a block are dropped.
-
-    Args:
-        file: the stream.
-        block_size: tokens in a block.
-        places: numbers of the blocks in the stream; all of them if not given.
-
-    Raises:
-        ValueError: the stream is shorter than a block.
-    """
-
-    def __init__(
-        self, file: TokenFile, block_size: int, places: Sequence[int] | None = None
-    ) -> None:
-        if block_size < 2:
-            raise ValueError(f"block_size={block_size} leaves no token to predict; give 2 or more")
-        if file.tokens < block_size:
-            raise ValueError(
-                f"the texts are {file.tokens} tokens, less than one block of {block_size}; give "
-                "more text, or a smaller block_size"
-            )
-        self.file, self.block_size = file, block_size
-        self.places = range(file.tokens // block_size) if places is None else places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        first = self.places[index] * self.block_size * np.dtype(self.file.dtype).itemsize
-        # A memory map would be copied, with all its ids, to a data loader's processes.
-        block = np.fromfile(self.file.path, self.file.dtype, self.block_size, offset=first)
-        ids = torch.from_numpy(block.astype(np.int64))
-        return {"input_ids": ids, "labels": ids.clone()}
-
-    def split(self, fraction: float) -> "tuple[Blocks, Blocks]":
-        """Take the last `fraction` of the blocks, at least one, for validation.
-
-        Raises:
-            ValueError: `fraction` is not between 0 and 1, or nothing would be left to train on.
-        """
-        if not 0 < fraction < 1:
-            raise ValueError(
-                f"validation={fraction} is not a part of the blocks; give a number from 0 to 1"
-            )
-        border = len(self) - max(1, round(fraction * len(self)))
-        if border < 1:
-            raise ValueError(
-                f"{len(self)} blocks of {self.block_size} tokens are too few to train on some and "
-                f"validate on {fraction:.0%}; give more text, a smaller block_size, or texts of "
-                "their own to validate on"
-            )
-        training, validation = self.places[:border], self.places[border:]
-        return (
-            Blocks(self.file, self.block_size, training),
-            Blocks(self.file, self.block_size, validation),
-        )
-
-    def spread(self, tokens: int) -> "Blocks":
-        """Blocks of at most `tokens` tokens, or one block, spread evenly over these.
-
-        Raises:
-            ValueError: `tokens` is below 1.
-        """
-        if tokens < 1:
-            raise ValueError(f"validation_tokens={tokens} is below 1; give 1 or more")
-        count = min(len(self), max(1, tokens // self.block_size))
-        places = [self.places[i * len(self) // count] for i in range(count)]
-        return Blocks(self.file, self.block_size, places)
-
-
-def whole_batches(blocks: Blocks, batch_size: int) -> Dataset:
-    """Blocks, the first of them repeated at the end until they fill the last batch.
-
-    All steps are then of one size, and the same for any number of processes that share a batch.
-    """
-    count = math.ceil(len(blocks) / batch_size) * batch_size
-    return Subset(blocks, np.arange(count) % len(blocks))  # type: ignore[arg-type]  # ints, in less memory than a list

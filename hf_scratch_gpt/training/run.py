@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +31,7 @@ from ..files import without_progress_bars
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from . import run_folder as runs
 from . import setup
+from .blocks import Blocks, ShuffledOrder, whole_batches
 from .callbacks import (
     KeepFolder,
     RunningLoss,
@@ -38,7 +40,7 @@ from .callbacks import (
     draw_loss,
     losses_of_rows,
 )
-from .corpus import Blocks, tokenize, whole_batches
+from .corpus import tokenize
 from .texts import Sources
 
 logger = logging.get_logger(__name__)
@@ -132,12 +134,7 @@ def train(
     elif validation is not None:
         held_out = Blocks(tokenize(validation, encoder, text_field, cache_dir), size)
     notice = on_notice if arguments.process_index == 0 else logger.debug
-    notice(_where_ids_are(blocks.file.path))
-    if held_out is not None:
-        whole, held_out = held_out, held_out.spread(validation_tokens)
-        if len(held_out) < len(whole):
-            tokens = f"{len(held_out) * size:,} of {len(whole) * size:,} tokens, spread evenly"
-            notice(f"Each validation takes {tokens}")
+    held_out = _bounded(blocks, held_out, validation_tokens, notice)
     run = runs.describe(config, trained, encoder, arguments, blocks, held_out)
     state, checkpoint = setup.on_first_process(arguments, lambda: _enter(folder, run, arguments))
     if state is not None:
@@ -159,11 +156,22 @@ def train(
         return _run(trainer, checkpoint)
 
 
-def _where_ids_are(path: Path) -> str:
-    return (
+def _bounded(
+    blocks: Blocks, held_out: Blocks | None, tokens: int, notice: Callable[[str], None]
+) -> Blocks | None:
+    """At most `tokens` tokens of `held_out`; say so, and where the ids of the texts are."""
+    path, size = blocks.file.path, blocks.block_size
+    notice(
         f"Token ids: {path.stat().st_size / 1e6:,.1f} MB in {path}, kept for trainings on the same "
-        "texts; `hf-scratch-gpt clear-cache` removes them and others"
+        "texts; `hf-scratch-gpt clear-cache` removes them"
     )
+    chosen = held_out and held_out.spread(tokens)
+    if chosen and held_out and len(chosen) < len(held_out):
+        notice(
+            f"Each validation takes {len(chosen) * size:,} of {len(held_out) * size:,} tokens, "
+            "spread evenly"
+        )
+    return chosen
 
 
 def _enter(
@@ -200,6 +208,19 @@ def _finish(
     return reached
 
 
+class _Trainer(Trainer):
+    def get_train_dataloader(self) -> DataLoader:
+        from accelerate.data_loader import (  # type: ignore[import-untyped]  # it has no stubs
+            SeedableRandomSampler,
+        )
+
+        loader: Any = super().get_train_dataloader()
+        order = loader.get_sampler()
+        if type(order) is SeedableRandomSampler:
+            loader.set_sampler(ShuffledOrder(len(order), order.initial_seed))
+        return loader
+
+
 def _make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -209,7 +230,7 @@ def _make_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     kept, arguments.save_total_limit = arguments.save_total_limit, None
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=whole_batches(blocks, runs.batch_size(arguments)),

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from ..files import new_file
-from .corpus import Blocks, fingerprint
+from .blocks import Blocks
+from .corpus import fingerprint
 
 RECORD = "run.json"
 STATE = "trainer_state.json"

@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from filelock import FileLock
 
 from hf_scratch_gpt.training import clear_cache, corpus, texts
-from hf_scratch_gpt.training.corpus import Blocks, TokenFile, tokenize, whole_batches
+from hf_scratch_gpt.training.blocks import Blocks, ShuffledOrder, whole_batches
+from hf_scratch_gpt.training.corpus import TokenFile, tokenize
 
 WORDS = ["the", "cat", "Łódź", "日本", "x=1;", "'ll", "<|endoftext|>"]
 WORDS += ["\r\n", "\n", "\n\n", "  ", "\t"]
@@ -279,6 +281,15 @@ def test_the_last_part_of_the_blocks_is_held_out(stream):
         parts = Blocks(stream, 8).split(fraction)
         firsts = [[block["input_ids"][0].item() // 8 for block in part] for part in parts]
         assert firsts == [[0, 1, 2, 3][:-held_out], [0, 1, 2, 3][-held_out:]]
+
+
+def test_blocks_are_shuffled_as_accelerate_does():
+    theirs, ours = SeedableRandomSampler(range(10_000), data_seed=7), ShuffledOrder(10_000, 7)
+    for _ in range(2):
+        assert list(ours) == list(theirs)
+    for order in (theirs, ours):
+        order.set_epoch(5)
+    assert list(ours) == list(theirs)
 
 
 @pytest.mark.parametrize(("batch_size", "numbers"), [(2, [0, 1, 2, 3]), (3, [0, 1, 2, 3, 0, 1])])

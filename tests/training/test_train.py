@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from hf_scratch_gpt.training import callbacks, parse_flags, train
-from hf_scratch_gpt.training.corpus import Blocks, tokenize
+from hf_scratch_gpt.training.blocks import Blocks
+from hf_scratch_gpt.training.corpus import tokenize
 from hf_scratch_gpt.training.run_folder import last_checkpoint
 
 from ..models import random_gpt2
@@ -172,6 +173,21 @@ def test_a_saved_model_is_trained_on(kind, run, held_out, tmp_path):
     assert isinstance(start, GPT2LMHeadModel) == (kind == "gpt2")
     with pytest.raises(ValueError, match=r"another run \(learning_rate 0\.0 there, 5e-05"):
         run(model=model, **options)
+
+
+def test_label_smoothing_trains_on_the_next_token_as_with_gpt2(run, tmp_path):
+    fields = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 399)
+    fields |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    random_gpt2(vocab_size=400, n_positions=16, **fields).save_pretrained(tmp_path / "gpt2")
+    losses = []
+    for model_class in (GPT2LMHeadModel, ScratchGPTForCausalLM):
+        model = model_class.from_pretrained(tmp_path / "gpt2")
+        model.loss_type = "ForCausalLM"  # GPT-2's own divides by the number of labels unshifted
+        options = dict(label_smoothing_factor=0.1, learning_rate=1e-2, eval_steps=5, max_steps=10)
+        history = run(model_class.__name__, model=model, **options).history
+        losses.append(values(history, "loss") + values(history, "eval_loss"))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert losses[1][-1] < losses[1][-2], "it learns"
 
 
 class Signals(TrainerCallback):

@@ -2,8 +2,9 @@
 
 import hashlib
 import re
-import zipfile
 from pathlib import Path
+
+from .pickles import is_archive
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -25,7 +26,7 @@ def unchecked_files(paths: list[Path]) -> list[str]:
     for path in paths:
         recorded, where = _recorded(path)
         if recorded is None:
-            if not zipfile.is_zipfile(path):
+            if not is_archive(path):
                 unchecked.append(str(path))
         elif (found := sha256(path)) != recorded:
             difference = f"{path} has the SHA-256 {found}, and {where} says {recorded}"

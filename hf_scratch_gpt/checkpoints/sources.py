@@ -20,7 +20,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # transformers gives a tokenizer without a longest text 10^30 tokens.
 _NO_LENGTH = 1e20
 # Of content that is not what its reader expects; a RecursionError is a RuntimeError.
-_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -140,7 +140,7 @@ def told_as_error(path: str | Path) -> Iterator[None]:
     """Raise what goes wrong with the content of the file `path` as a ValueError that names it."""
     try:
         yield
-    except (*_ERRORS, StrictDataclassError) as error:
+    except (*ERRORS, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ValueError) and str(path) in reason:
             raise

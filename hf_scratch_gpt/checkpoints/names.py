@@ -8,7 +8,9 @@ does nothing, so our own checkpoints load untouched.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
@@ -79,6 +81,13 @@ def rules_of(num_layers: int) -> Iterator[Rule]:
     yield Rule("lm_head.weight", ("lm_head.weight",), ("out_head.weight",))
 
 
+class _Parts(Chunk):
+    """Equal parts of a tensor, as copies: tools that write storages would write it with each."""
+
+    def convert(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return {name: part.clone() for name, part in super().convert(*args, **kwargs).items()}
+
+
 def _loading_rules(rule: Rule) -> WeightRenaming | WeightConverter:
     """`rule` as transformers applies it while loading, after `h.` has become `layers.`."""
     if "{}" not in rule.gpt2:
@@ -89,7 +98,7 @@ def _loading_rules(rule: Rule) -> WeightRenaming | WeightConverter:
         return WeightRenaming(rf"\.{source}", f".{targets[0]}")
     operations = [Transpose(0, 1)] if rule.is_matrix else []
     if len(targets) > 1:
-        operations.append(Chunk(dim=0))
+        operations.append(_Parts(dim=0))
     return WeightConverter([source], targets, operations=operations)
 
 

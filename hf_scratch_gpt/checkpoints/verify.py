@@ -28,7 +28,9 @@ _TOLERANCE = 1e-4
 def gpt2_config(config: ScratchGPTConfig) -> GPT2Config:
     """transformers' configuration of the GPT-2 that `config` describes."""
     names = [name for name in GPT2Config.__annotations__ if hasattr(config, name)]
-    return GPT2Config(**{name: getattr(config, name) for name in names})
+    # Tools of others read `n_ctx`, as OpenAI's own files have it; transformers does not.
+    fields = {name: getattr(config, name) for name in names}
+    return GPT2Config(**fields, n_ctx=config.max_position_embeddings)
 
 
 def verify(source: GPT2Source, folder: Path) -> str:

@@ -95,6 +95,22 @@ def test_logits_and_generation_settings_stay(model_class, options, tmp_path):
     assert theirs.generation_config.eos_token_id == ours.generation_config.eos_token_id
 
 
+# Of huggingface.co/openai-community/gpt2, config.json, but for `task_specific_params`, which
+# transformers no longer knows. llama.cpp's converter reads `n_ctx`.
+PUBLISHED = """activation_function architectures attn_pdrop bos_token_id embd_pdrop eos_token_id
+    initializer_range layer_norm_epsilon model_type n_ctx n_embd n_head n_layer n_positions
+    resid_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj vocab_size"""
+
+
+def test_the_configuration_has_every_key_that_openais_has(converted_tiny, openai_tiny, tmp_path):
+    assert main([str(converted_tiny), str(tmp_path / "out")]) == 0
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert set(PUBLISHED.split()) <= fields.keys()
+    hparams = json.loads((openai_tiny / "hparams.json").read_text())
+    assert {name: fields[name.replace("n_vocab", "vocab_size")] for name in hparams} == hparams
+
+
 def test_the_tokenizer_needs_none_of_our_code(converted_tiny, tmp_path):
     assert main([str(converted_tiny), str(tmp_path / "out")]) == 0
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())

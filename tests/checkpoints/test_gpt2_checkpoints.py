@@ -3,13 +3,14 @@
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import GPT2LMHeadModel
 from transformers.distributed import DistributedConfig
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
 from ..models import CLASSES, random_gpt2, random_ids, random_model
+from .checkpoints import hf_source
 
 
 def load_exactly(model_class, folder):
@@ -47,6 +48,19 @@ def test_a_tensor_that_belongs_nowhere_is_reported(small_gpt2, tmp_path, logged_
     assert report["unexpected_keys"] == {"layers.0.attn.surprise"}
     assert report["missing_keys"] == {"model.layers.1.mlp.up_proj.weight"}
     assert any("surprise" in warning for warning in logged_warnings)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_tools_that_write_storages_write_each_tensor_once(layout, tmp_path):
+    reference = hf_source(tmp_path, layout)
+    model = ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+    save_model(model, tmp_path / "all.safetensors")
+    again = random_model(ScratchGPTForCausalLM)
+    load_model(again, tmp_path / "all.safetensors")
+    assert_same_outputs(reference, again)
 
 
 def test_half_precision_stays_half_precision(small_gpt2, tmp_path):

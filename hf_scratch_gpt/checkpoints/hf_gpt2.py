@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from ..model.configuration_scratch_gpt import PRESET_ALIASES, ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import read_json, read_text
+from .folders import check_texts
 from .pickles import Pickle
 from .sources import WRAPPERS, GPT2Source, StoredTensor, by_plain_name, told_as_error
 
@@ -17,6 +18,7 @@ from .sources import WRAPPERS, GPT2Source, StoredTensor, by_plain_name, told_as_
 OFFICIAL = {
     size: f"openai-community/{PRESET_ALIASES[size]}" for size in ("124M", "355M", "774M", "1558M")
 }
+_LARGEST_HEADER = 1 << 22  # that of GPT-2's largest size takes 80 thousand bytes
 _FILES = ["*.json", "*.txt", "*.tiktoken"]
 
 
@@ -25,6 +27,7 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(OFFICIAL.get(source, source))
+    check_texts(folder)
     config = _config(folder)
     named = by_plain_name(stored_tensors(folder), (*WRAPPERS, "transformer."))
     opened = GPT2Source("transformers GPT-2", source, config, *named, inputs_first=True)
@@ -65,10 +68,11 @@ def _download(hub_id: str) -> Path:
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
     """The tensors of the folder's weight files, of which safetensors come before pickles."""
-    files = _weight_files(folder)
-    if files[0].suffix == ".safetensors":
-        return [tensor for file in files for tensor in _safetensors(file)]
-    return [tensor for file in files for tensor in Pickle(str(file)).tensors()]
+    stored: list[StoredTensor] = []
+    for file in _weight_files(folder):
+        is_pickle = file.suffix != ".safetensors"
+        stored += Pickle(str(file)).tensors() if is_pickle else _safetensors(file)
+    return stored
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -77,18 +81,23 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            with told_as_error(index):
-                shards = sorted(set(read_json(read_text(index), str(index))["weight_map"].values()))
-                for shard in shards:
-                    if Path(shard).name != shard or not (folder / shard).is_file():
-                        raise ValueError(f"{index} lists {shard}, which is missing beside it")
-                return [folder / shard for shard in shards]
+            files = read_json(read_text(index), str(index)).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+                raise ValueError(f"{index} should give each tensor's file in weight_map")
+            for shard in files.values():
+                if Path(shard).name != shard or not (folder / shard).is_file():
+                    raise ValueError(f"{index} lists {shard}, which is missing beside it")
+            return [folder / shard for shard in sorted(set(files.values()))]
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
 def _safetensors(path: Path) -> list[StoredTensor]:
     # The library maps them, and reads none yet.
     stored = []
+    with path.open("rb") as begin:
+        header = int.from_bytes(begin.read(8), "little")
+    if header > _LARGEST_HEADER:
+        raise ValueError(f"{path} has a header of {header} bytes, over {_LARGEST_HEADER}")
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # it is not a mapping

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .records import Record, Storage, View, unpickle
-from .sources import ERRORS, StoredTensor, map_tensor
+from .sources import StoredTensor, map_tensor, told_as_error
 
 _LARGEST_PIECE = 1 << 22  # of a directory or a pickle; those of GPT-2's largest size take a tenth
 _MAGIC = 0x1950A86A20F9469CFC6C  # of files from before PyTorch 1.6
@@ -57,11 +57,8 @@ class Pickle:
         # Where each storage begins, its bytes, and its CRC-32 until that was compared.
         self._places: dict[str, tuple[int, int, int | None]] = {}
         read = self._read_archive if is_archive(path) else self._read_pickles
-        try:
+        with told_as_error(f"{path} is not a file of tensors by torch.save"):
             read()
-        except (*ERRORS, OSError, EOFError, zipfile.BadZipFile) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} is not a file of tensors by torch.save ({reason})") from None
 
     def _read_archive(self) -> None:
         with _Bounded(self.path) as file, zipfile.ZipFile(file) as archive:

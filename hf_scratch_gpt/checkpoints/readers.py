@@ -5,6 +5,7 @@ and an OSError if there is no such file, folder or hub id.
 """
 
 from collections.abc import Callable
+from os.path import lexists
 from pathlib import Path
 
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
@@ -36,6 +37,8 @@ def recognize(source: str) -> str:
                 return kind
         raise ValueError(f"{source} is not a GPT-2: it has none of {', '.join(_MARKS)}")
     if not path.is_file():
+        if path.is_absolute() or lexists(path):
+            raise ValueError(f"{source} is missing, or is neither a file nor a folder")
         return "hf"
     if is_llmc(source):
         return "llmc"

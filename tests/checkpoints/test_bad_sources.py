@@ -103,7 +103,7 @@ def put(place, content):
         (lambda data: data[:500], r"does not begin like a checkpoint of llm\.c"),
         (put(4, 7), r"version 7; versions 3 and 5"),
         (put(16, -3), r"num_hidden_layers=-3"),
-        (put(16, 1 << 30), r"\S+model\.bin is too short for 1073741824 layers of width 16"),
+        (put(16, 1 << 30), r"\S+model\.bin says that it has 1073741824 layers, over 4096"),
         (put(12, 65), r"model\.bin says that 65 of 64 rows are tokens"),
         (put(20, 0), r"model\.bin: num_attention_heads=0 is below 1"),
         (put(2000, struct.pack("f", float("nan"))), r"wte\.weight holds NaN or infinity"),

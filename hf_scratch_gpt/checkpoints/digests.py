@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .pickles import is_archive
 
+_LARGEST = 1 << 20  # bytes of a list of digests
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,5 +53,6 @@ def _recorded(path: Path) -> tuple[str | None, str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of the text file `path`; none if it is not there."""
-    return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    """The lines of the text file `path`; none if it is not there or too large."""
+    is_there = path.is_file() and path.stat().st_size <= _LARGEST
+    return path.read_text("utf-8", errors="replace").splitlines() if is_there else []

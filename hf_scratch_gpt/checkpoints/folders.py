@@ -27,6 +27,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "generation_config.json": {},
     "tokenizer_config.json": {
+        "add_prefix_space": (bool,),
         "added_tokens_decoder": (dict,),
         "auto_map": (dict, list),
         "chat_template": (str, list, dict),
@@ -85,6 +86,7 @@ def _is_right(fields: dict[str, Any]) -> bool:
 
 
 def _check(path: Path, field: str, value: Any, allowed: tuple[type, ...]) -> None:
-    if value is not None and (not isinstance(value, allowed) or isinstance(value, bool)):
+    is_flag = isinstance(value, bool) and bool not in allowed  # a bool is an int
+    if value is not None and (not isinstance(value, allowed) or is_flag):
         kinds = " or ".join(kind.__name__ for kind in allowed)
         raise ValueError(f"{path}: {field} is a {type(value).__name__}; it should be a {kinds}")

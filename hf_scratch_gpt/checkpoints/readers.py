@@ -37,8 +37,6 @@ def recognize(source: str) -> str:
                 return kind
         raise ValueError(f"{source} is not a GPT-2: it has none of {', '.join(_MARKS)}")
     if not path.is_file():
-        if path.is_absolute() or lexists(path):
-            raise ValueError(f"{source} is missing, or is neither a file nor a folder")
         return "hf"
     if is_llmc(source):
         return "llmc"
@@ -59,6 +57,9 @@ def open_source(
     Raises:
         ValueError: as its reader, or its vocabulary is larger than its embedding.
     """
+    path = Path(source)
+    if not (path.is_file() or path.is_dir()) and (path.is_absolute() or lexists(path)):
+        raise ValueError(f"{source} is missing, or is neither a file nor a folder")
     kind = kind or recognize(source)
     opened = FORMATS[kind](source, **(options if kind == "textbook" else {}))
     if kind != "openai":  # its checkpoints have checksums of their own

@@ -151,7 +151,7 @@ class _Machine:
     def _update(self, items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, (str, bytes, int, float)):  # hashing a tuple may never end
-                raise TypeError(f"it has a {type(key).__name__} for a key")
+                raise ValueError(f"it has a {type(key).__name__} for a key")
             if isinstance(self.stack[-1], dict):
                 self.stack[-1][key] = value
 

@@ -80,6 +80,8 @@ def _read(
 
 def _index_bytes(path: Path) -> bytes:
     """The content of the index `path`."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, or is not a file")
     if (size := path.stat().st_size) > _LARGEST_INDEX:
         limit = f"the index of a GPT-2 is smaller than {_LARGEST_INDEX}"
         raise ValueError(f"{path} has {size} bytes; {limit}")

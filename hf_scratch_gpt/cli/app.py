@@ -85,6 +85,7 @@ def generate(
     from transformers import set_seed
 
     from ..checkpoints.saved import check_model
+    from ..checkpoints.sources import told_as_error
     from ..engine.swap import optimize_for_generation
     from ..training.setup import load_model, load_tokenizer
     from ..writing import write
@@ -101,6 +102,7 @@ def generate(
     sampling: dict[str, float | None] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     if temperature == 0:
         sampling = dict.fromkeys(sampling)
+    sampling["do_sample"] = temperature > 0
     check_model(model)
     text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
     network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
@@ -115,7 +117,8 @@ def generate(
             console.rule(f"{number + 1} of {samples}")
         set_seed(seed + number)
         show(text)
-        write(network, tokenizer, text, max_new_tokens, show, do_sample=temperature > 0, **sampling)
+        with told_as_error(model):  # what its configurations say of writing
+            write(network, tokenizer, text, max_new_tokens, show, **sampling)
         console.out("")
 
 

@@ -102,6 +102,8 @@ def _loading(what: str, place: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except Exception as error:  # the tokenizers library raises no other class
         reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, (AttributeError, LookupError, TypeError)):  # in Python's own words
+            reason = "one of its files does not have the content that its reader expects"
         message = f"the {what} {os.fspath(place)!r} cannot be loaded: {reason}"
         raise ValueError(message) from None
 

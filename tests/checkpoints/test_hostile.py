@@ -83,10 +83,6 @@ def rewritten(path: Path, more=(), change=lambda name, data: data) -> bytes:
     return path.read_bytes()
 
 
-def edit(path: Path, **fields) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
 def textbook_of(sources: Path, out: str, kind="textbook/model.pth") -> list[str]:
     return [CONVERT, str(sources / kind), out, "--num-heads", "2"]
 
@@ -166,7 +162,9 @@ def merges_in_a_chain(sources, out):
 
 @named("vocab.bpe has no merge|has over")
 def a_million_tokens(sources, out):
-    edit(sources / "openai" / "encoder.json", **{f"token{n}": 400 + n for n in range(1_100_000)})
+    path = sources / "openai" / "encoder.json"
+    more = {f"token{n}": 400 + n for n in range(1_100_000)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
     return [CONVERT, str(sources / "openai"), out]
 
 
@@ -192,41 +190,11 @@ def a_header_of_megabytes(sources, out):
     return [CONVERT, str(sources / "hf"), out]
 
 
-@named("config.json: num_labels is 2147483648")
-def two_billion_labels(sources, out):
-    edit(sources / "hf" / "config.json", num_labels=2**31)
-    return [CONVERT, str(sources / "hf"), out]
-
-
-@named("config.json: num_labels is 2147483648")
-def two_billion_labels_to_write_with(sources, out):
-    edit(sources / "hf" / "config.json", num_labels=2**31)
-    return [CLI, "generate", str(sources / "hf"), "Hello"]
-
-
-@named("tensors are too few for 100000 layers")
-def layers_without_tensors(sources, out):
-    edit(sources / "saved" / "config.json", num_hidden_layers=100_000)
-    return [EXPORT, str(sources / "saved"), out]
-
-
-@named("tensors are too few for 100000 layers")
-def layers_without_tensors_to_write_with(sources, out):
-    edit(sources / "saved" / "config.json", num_hidden_layers=100_000)
-    return [CLI, "generate", str(sources / "saved"), "Hello"]
-
-
 @named("holds|has tensors that GPT-2 has not|are too few")
 def a_name_of_megabytes_with_escape_codes(sources, out):
     path = sources / "hf" / "model.safetensors"
     save_file(load_file(path) | {ESCAPE + "x" * (3 << 20): torch.ones(2)}, path)
     return [CONVERT, str(sources / "hf"), out]
-
-
-@named("is a model of type")
-def escape_codes_in_a_type(sources, out):
-    edit(sources / "hf" / "config.json", model_type=ESCAPE)
-    return [CLI, "info", str(sources / "hf")]
 
 
 @named("home directory")
@@ -240,29 +208,11 @@ def links_in_a_loop(sources, out):
     return [CONVERT, str(sources / "openai"), str(sources / "out")]
 
 
-@named("tokenizer.json: post_processor is a int; it should be a dict")
-def an_odd_field_of_a_tokenizer(sources, out):
-    edit(sources / "hf" / "tokenizer.json", post_processor=5)
-    return [CLI, "generate", str(sources / "hf"), "Hello"]
-
-
-@named("tokenizer.json: model is a bool; it should be a dict")
-def an_odd_model_of_a_tokenizer(sources, out):
-    edit(sources / "hf" / "tokenizer.json", model=True)
-    return [CONVERT, str(sources / "hf"), out]
-
-
 @named("index.json should give each tensor's file in weight_map")
 def a_flag_for_a_table_of_files(sources, out):
     (sources / "hf" / "model.safetensors").unlink()
     (sources / "hf" / "model.safetensors.index.json").write_text('{"weight_map": true}')
     return [CONVERT, str(sources / "hf"), out]
-
-
-@named("is_encoder_decoder")
-def an_encoder_to_write_with(sources, out):
-    edit(sources / "saved" / "config.json", is_encoder_decoder=True)
-    return [CLI, "generate", str(sources / "saved"), "Hello"]
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -272,6 +222,35 @@ def test_named_inputs(name, sources, worker, tmp_path):
     outcome = worker.run(*make(tmp_path / "sources", str(tmp_path / "out")))
     assert not outcome.faults(), outcome.text[-3000:]
     assert outcome.code == 0 or re.search(rf"error: .*({message})", outcome.text), outcome.text
+
+
+LAYERS, LABELS = {"num_hidden_layers": 100_000}, {"num_labels": 2**31}
+ODD_FIELDS = [
+    ("convert", "hf/config.json", LABELS, "config.json: num_labels is 2147483648"),
+    ("generate", "hf/config.json", LABELS, "config.json: num_labels is 2147483648"),
+    ("info", "hf/config.json", LABELS, "config.json: num_labels is 2147483648"),
+    ("export", "saved/config.json", LAYERS, "tensors are too few for 100000 layers"),
+    ("generate", "saved/config.json", LAYERS, "tensors are too few for 100000 layers"),
+    ("info", "hf/config.json", {"model_type": ESCAPE}, "is a model of type"),
+    ("convert", "hf/tokenizer.json", {"model": True}, "json: model is a bool; it should be a dict"),
+    ("generate", "hf/tokenizer.json", {"post_processor": 5}, "post_processor is a int"),
+    ("generate", "saved/config.json", {"is_encoder_decoder": True}, "is_encoder_decoder is set"),
+    ("generate", "saved/generation_config.json", {"eos_token_id": "x"}, "saved: "),
+    ("generate", "hf/config.json", {"auto_map": {"AutoConfig": 5}}, "cannot be loaded"),
+]
+
+
+@pytest.mark.parametrize(("verb", "file", "fields", "message"), ODD_FIELDS)
+def test_odd_fields(verb, file, fields, message, sources, worker, tmp_path):
+    shutil.copytree(sources, tmp_path / "sources")
+    path = tmp_path / "sources" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    folder, out = str(path.parent), str(tmp_path / "out")
+    commands = {"convert": [CONVERT, folder, out], "export": [EXPORT, folder, out]}
+    commands |= {"generate": [CLI, "generate", folder, "Hello"], "info": [CLI, "info", folder]}
+    outcome = worker.run(*commands[verb])
+    assert not outcome.faults(), outcome.text[-3000:]
+    assert re.search(rf"error: .*{message}", outcome.text), outcome.text
 
 
 def test_a_directory_that_torch_reads_differently(sources, tmp_path):

@@ -98,7 +98,7 @@ def _run(work: Callable[[argparse.Namespace], list[str]], options: argparse.Name
     in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
     before = in_main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print("\n".join(work(options)))
+        print("\n".join(map(_printable, work(options))))
         return 0
     except (OSError, ValueError) as error:
         print(f"error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)

@@ -16,7 +16,7 @@ from .hf_gpt2 import OFFICIAL, read_hf_gpt2
 from .saved import read_saved, save_all_but_weights
 from .sources import GPT2Source, told_as_error
 from .verify import gpt2_config, verify
-from .vocabularies import other_vocabulary
+from .vocabularies import has_vocabulary, other_vocabulary
 from .weights import write_weights
 
 # Where our files came from, and where their code is; GPT-2's own needs none.
@@ -135,7 +135,7 @@ def export(source: Path, out: Path, overwrite: bool = True) -> list[str]:
         save_all_but_weights(GPT2LMHeadModel, gpt2_config(config), dtype, source, complete)
         if files := other_vocabulary(source):
             _copy(files, complete)
-        elif any((source / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        elif has_vocabulary(source):
             _save_tokenizer(source, complete)
         write_weights(complete, planned, dtype)
         checked = verify(read_hf_gpt2(str(complete)), source)

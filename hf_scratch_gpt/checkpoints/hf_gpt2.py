@@ -13,7 +13,7 @@ from ..model.configuration_scratch_gpt import PRESET_ALIASES, ScratchGPTConfig
 from ..model.vocabulary_scratch_gpt import read_json, read_text
 from .pickles import Pickle
 from .sources import WRAPPERS, GPT2Source, StoredTensor, by_plain_name, gpt2, told_as_error
-from .vocabularies import take_vocabulary
+from .vocabularies import has_vocabulary, take_vocabulary
 
 # OpenAI's sizes on the hub.
 OFFICIAL = {
@@ -45,21 +45,17 @@ def read_hf_gpt2(source: str) -> GPT2Source:
         kept.setdefault("n_positions", fields["n_ctx"])
     with told_as_error(folder / "config.json"):
         config, theirs = ScratchGPTConfig(**kept), gpt2(**kept)
-    named, dropped = by_plain_name(stored_tensors(folder), (*WRAPPERS, "transformer."))
-    if heads := sorted(named.keys() & _OTHER_HEADS.keys()):
-        task = _OTHER_HEADS[heads[0]]
-        raise ValueError(
-            f"{folder} has the head of another task, {heads[0]}; load it with {task}."
-            "from_pretrained, and save it with save_pretrained"
-        )
-    opened = GPT2Source(
-        "transformers GPT-2", source, config, theirs, named, dropped, inputs_first=True
-    )
+    named = by_plain_name(stored_tensors(folder), (*WRAPPERS, "transformer."))
+    opened = GPT2Source("transformers GPT-2", source, config, theirs, *named, inputs_first=True)
+    for head in opened.tensors.keys() & _OTHER_HEADS.keys():
+        remedy = f"load it with {_OTHER_HEADS[head]}.from_pretrained, and call save_pretrained"
+        raise ValueError(f"{folder} has the head of another task, {head}; {remedy}")
     if left_out := sorted(fields.keys() - _KEPT - _USUAL):
         opened.notes.append(f"left out {', '.join(left_out)} of config.json")
     if config.tie_word_embeddings:
         opened.untie_or_drop_head()
-    take_vocabulary(opened, folder)
+    if has_vocabulary(folder):
+        take_vocabulary(opened, str(folder))
     return opened
 
 

@@ -95,7 +95,7 @@ class GPT2Source:
 
     def adopt(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Take `tokenizer`, and from it the special tokens that the configuration lacks."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tokenizer_files = tokenizer, []
         for name in TOKENS:
             if getattr(self.config, name) is None:
                 setattr(self.config, name, getattr(tokenizer, name))

@@ -56,7 +56,8 @@ def convert(
         save_all_but_weights(ScratchGPTForCausalLM, source.config, dtype, origin, complete)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(complete)
-        _copy(source.tokenizer_files, complete)
+        for file in source.tokenizer_files:
+            shutil.copy(file, complete)
         write_weights(complete, planned, dtype, max_shard_size)
         if check:
             report.append(f"checked  {verify(source, complete)}")
@@ -133,18 +134,14 @@ def export(source: Path, out: Path, overwrite: bool = True) -> list[str]:
     dtype = common_dtype(planned)
     with new_folder(out, overwrite) as complete:
         save_all_but_weights(GPT2LMHeadModel, gpt2_config(config), dtype, source, complete)
-        if files := other_vocabulary(source):
-            _copy(files, complete)
-        elif has_vocabulary(source):
+        files = other_vocabulary(source)
+        for file in files:
+            shutil.copy(file, complete)
+        if not files and has_vocabulary(source):
             _save_tokenizer(source, complete)
         write_weights(complete, planned, dtype)
         checked = verify(read_hf_gpt2(str(complete)), source)
     return [f"checked  {checked}", f"wrote    {out}"]
-
-
-def _copy(files: list[Path], folder: Path) -> None:
-    for file in files:
-        shutil.copy(file, folder)
 
 
 def _save_tokenizer(source: Path, out: Path) -> None:

@@ -32,7 +32,8 @@ _MARKS = {"hparams.json": "openai", "config.json": "hf", "ckpt.pt": "nanogpt"}
 _MARKS |= {"adapter_config.json": "hf"}
 # Files that are parts of a GPT-2 in a folder.
 _PARTS = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|model\.ckpt.*|.*\.json"
+    r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|.*\.json"
+    r"|checkpoint|model.*\.(index|meta|data-\d+-of-\d+)"
 )
 
 

@@ -137,6 +137,10 @@ def _weights_in(source: str) -> list[StoredTensor]:
         return safetensors(Path(source))
     pickle = Pickle(source)
     entries = pickle.content if isinstance(pickle.content, dict) else {}
+    if "model_args" in entries:
+        raise ValueError(
+            f"{source} is a checkpoint of nanoGPT, which says more; leave --format out"
+        )
     keys = (key for key in _KEYS if isinstance(entries.get(key), dict))
     return pickle.tensors(next(keys, None))
 

@@ -74,11 +74,15 @@ def destination(out: str | Path, overwrite: bool, sources: Iterable[str | Path] 
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool = True) -> Iterator[Path]:
     """A path for a folder to be made at, which takes the place of `out` when all went well.
 
     Args:
-        out: as `destination` returns it; what is there is replaced.
+        out: as `destination` returns it.
+        overwrite: whether to replace what is there by then.
+
+    Raises:
+        ValueError: another command made `out` meanwhile, and it is not to be replaced.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(out)
@@ -91,7 +95,23 @@ def new_folder(out: Path) -> Iterator[Path]:
         _lock(lock)
         complete = Path(unfinished) / out.name
         yield complete
-        _replace(out, complete)
+        if overwrite:
+            _replace(out, complete)
+        else:
+            _place(out, complete)
+
+
+def _place(out: Path, complete: Path) -> None:
+    """Put `complete` at `out`, where nothing may be but an empty folder."""
+    with suppress(OSError):
+        out.rmdir()  # which Windows does not do by renaming
+    try:
+        complete.rename(out)
+    except OSError:
+        raise ValueError(
+            f"{out} was made by another command meanwhile; choose another folder or pass "
+            "--overwrite"
+        ) from None
 
 
 def _replace(out: Path, complete: Path) -> None:

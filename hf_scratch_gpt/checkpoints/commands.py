@@ -16,6 +16,7 @@ from .convert import convert, export
 from .hf_gpt2 import OFFICIAL
 from .readers import FORMATS, open_source
 from .sources import GPT2Source
+from .state_dicts import ACTIVATIONS
 from .verify import verify
 
 
@@ -35,7 +36,8 @@ def _convert(options: argparse.Namespace) -> list[str]:
     sources = [source for source in (options.source, options.tokenizer) if source]
     out = destination(options.out, options.overwrite, sources)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    return convert(_open(options), out, dtype, options.max_shard_size, not options.no_verify)
+    size, check = options.max_shard_size, not options.no_verify
+    return convert(_open(options), out, dtype, size, check, options.overwrite)
 
 
 def export_command(arguments: list[str] | None = None) -> int:
@@ -48,7 +50,7 @@ def export_command(arguments: list[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> list[str]:
     out = destination(options.out, options.overwrite, [options.source])
-    return export(Path(options.source), out)
+    return export(Path(options.source), out, options.overwrite)
 
 
 def verify_command(arguments: list[str] | None = None) -> int:
@@ -74,8 +76,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=f"folder, file, hub id, or {', '.join(OFFICIAL)}")
     parser.add_argument("--format", choices=FORMATS, help="recognised if not given")
     parser.add_argument("--tokenizer", help="folder with the vocabulary, if SOURCE has none")
-    parser.add_argument("--num-heads", type=int, help="attention heads of a textbook model")
-    parser.add_argument("--preset", help="published size of a textbook model, such as gpt2-medium")
+    parser.add_argument("--num-heads", type=int, help="attention heads, of weights alone")
+    parser.add_argument("--preset", help="published size of weights alone, such as gpt2-medium")
+    about = "form of GELU, of nanoGPT or weights alone; the report says what is taken if not given"
+    parser.add_argument("--activation", choices=ACTIVATIONS, help=about)
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +88,9 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def _open(options: argparse.Namespace) -> GPT2Source:
-    textbook = dict(num_heads=options.num_heads, preset=options.preset)
-    return open_source(options.source, options.format, options.tokenizer, **textbook)
+    names = ("num_heads", "preset", "activation")
+    chosen = {name: getattr(options, name) for name in names}
+    return open_source(options.source, options.format, options.tokenizer, **chosen)
 
 
 def _run(work: Callable[[argparse.Namespace], list[str]], options: argparse.Namespace) -> int:

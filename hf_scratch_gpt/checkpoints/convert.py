@@ -1,5 +1,6 @@
 """Convert an opened GPT-2 to a saved model of ours, and export one to transformers' format."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .hf_gpt2 import OFFICIAL, read_hf_gpt2
 from .saved import read_saved, save_all_but_weights
 from .sources import GPT2Source, told_as_error
 from .verify import gpt2_config, verify
+from .vocabularies import has_vocabulary, other_vocabulary
 from .weights import write_weights
 
 # Where our files came from, and where their code is; GPT-2's own needs none.
@@ -27,6 +29,7 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_size: str = "50GB",
     check: bool = True,
+    overwrite: bool = True,
 ) -> list[str]:
     """Convert `source` and save it in the folder `out`, as `files.destination` returns it.
 
@@ -37,6 +40,7 @@ def convert(
         dtype: what to save in; None keeps the source's.
         max_shard_size: largest size of one weight file.
         check: compare the logits of the result with the source's.
+        overwrite: replace what is at `out` when all is done.
 
     Returns:
         Lines that tell what was read, dropped, checked and written.
@@ -47,11 +51,13 @@ def convert(
     planned = plan(source)
     dtype, parameters = dtype or common_dtype(planned), num_parameters(planned)
     report = list(_read_and_dropped(source))
-    with new_folder(out) as complete:
+    with new_folder(out, overwrite) as complete:
         origin = Path(source.path)
         save_all_but_weights(ScratchGPTForCausalLM, source.config, dtype, origin, complete)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(complete)
+        for file in source.tokenizer_files:
+            shutil.copy(file, complete)
         write_weights(complete, planned, dtype, max_shard_size)
         if check:
             report.append(f"checked  {verify(source, complete)}")
@@ -67,10 +73,14 @@ def _read_and_dropped(source: GPT2Source) -> Iterator[str]:
         names = [name for name, why in source.dropped.items() if why == reason]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield f"dropped  {names[0]}{more}: {reason}"
+    yield from source.notes
     for file in source.unchecked:
         remedy = "`sha256sum FILE > SHA256SUMS` beside it would show a damaged bit"
         yield f"trusted  {file} has no checksum; {remedy}"
-    if source.tokenizer is None:
+    if source.tokenizer_files:
+        files = ", ".join(path.name for path in source.tokenizer_files)
+        yield f"copied   {files}, as they are: not a vocabulary of GPT-2's kind"
+    elif source.tokenizer is None:
         yield "lacks    a vocabulary; --tokenizer saves one with the model"
 
 
@@ -107,7 +117,7 @@ def name_of(source: str) -> str:
     return path.resolve().name if path.exists() else OFFICIAL.get(source, source)
 
 
-def export(source: Path, out: Path) -> list[str]:
+def export(source: Path, out: Path, overwrite: bool = True) -> list[str]:
     """Write the model saved in the folder `source` to `out` in transformers' GPT-2 format.
 
     It loads with `GPT2LMHeadModel` and `AutoTokenizer`, without this package. `out`, as
@@ -122,9 +132,12 @@ def export(source: Path, out: Path) -> list[str]:
     config, stored = read_saved(source)
     planned = plan_export(stored, config)
     dtype = common_dtype(planned)
-    with new_folder(out) as complete:
+    with new_folder(out, overwrite) as complete:
         save_all_but_weights(GPT2LMHeadModel, gpt2_config(config), dtype, source, complete)
-        if any((source / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        files = other_vocabulary(source)
+        for file in files:
+            shutil.copy(file, complete)
+        if not files and has_vocabulary(source):
             _save_tokenizer(source, complete)
         write_weights(complete, planned, dtype)
         checked = verify(read_hf_gpt2(str(complete)), source)

@@ -2,24 +2,38 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers import GPT2Config
 
 from ..model.configuration_scratch_gpt import PRESET_ALIASES, ScratchGPTConfig
-from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import read_json, read_text
 from .folders import check_texts
 from .pickles import Pickle
-from .sources import WRAPPERS, GPT2Source, StoredTensor, by_plain_name, told_as_error
+from .sources import WRAPPERS, GPT2Source, StoredTensor, by_plain_name, gpt2, told_as_error
+from .vocabularies import has_vocabulary, take_vocabulary
 
 # OpenAI's sizes on the hub.
 OFFICIAL = {
     size: f"openai-community/{PRESET_ALIASES[size]}" for size in ("124M", "355M", "774M", "1558M")
 }
 _LARGEST_HEADER = 1 << 22  # that of GPT-2's largest size takes 80 thousand bytes
-_FILES = ["*.json", "*.txt", "*.tiktoken"]
+_FILES = ["*.json", "*.txt", "*.tiktoken", "*.model"]
+# What a config.json says of the model itself, by GPT-2's names and transformers' general ones.
+_KEPT = {*GPT2Config.__annotations__, *GPT2Config.attribute_map}
+# What every config.json has besides.
+_USUAL = {"architectures", "dtype", "id2label", "label2id", "model_type", "n_ctx", "torch_dtype"}
+_USUAL |= {"_name_or_path", "task_specific_params", "tokenizer_class", "transformers_version"}
+# Heads of GPT-2 that give no logits of tokens, and what reads them (the last leaves it out).
+_OTHER_HEADS = {
+    "score.weight": "ScratchGPTForSequenceClassification",
+    "classifier.weight": "ScratchGPTForTokenClassification",
+    "qa_outputs.weight": "ScratchGPTForQuestionAnswering",
+    "multiple_choice_head.summary.weight": "GPT2LMHeadModel",
+}
 
 
 def read_hf_gpt2(source: str) -> GPT2Source:
@@ -28,21 +42,37 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     if not folder.is_dir():
         folder = _download(OFFICIAL.get(source, source))
     check_texts(folder)
-    config = _config(folder)
+    fields = _fields(folder)
+    kept = {name: value for name, value in fields.items() if name in _KEPT}
+    if "n_ctx" in fields:  # where the oldest files have the number of positions
+        kept.setdefault("n_positions", fields["n_ctx"])
+    with told_as_error(folder / "config.json"):
+        config, theirs = ScratchGPTConfig(**kept), gpt2(**kept)
     named = by_plain_name(stored_tensors(folder), (*WRAPPERS, "transformer."))
-    opened = GPT2Source("transformers GPT-2", source, config, *named, inputs_first=True)
+    opened = GPT2Source("transformers GPT-2", source, config, theirs, *named, inputs_first=True)
+    for head in opened.tensors.keys() & _OTHER_HEADS.keys():
+        remedy = f"load it with {_OTHER_HEADS[head]}.from_pretrained, and call save_pretrained"
+        raise ValueError(f"{folder} has the head of another task, {head}; {remedy}")
+    if left_out := sorted(fields.keys() - _KEPT - _USUAL):
+        opened.notes.append(f"left out {', '.join(left_out)} of config.json")
     if config.tie_word_embeddings:
         opened.untie_or_drop_head()
-    vocabulary_files = ScratchGPTTokenizer.vocab_files_names.values()
-    if any((folder / name).is_file() for name in vocabulary_files):
-        with told_as_error(folder):
-            opened.adopt(ScratchGPTTokenizer.from_pretrained(folder))
+    if has_vocabulary(folder):
+        take_vocabulary(opened, str(folder))
     return opened
 
 
-def _config(folder: Path) -> ScratchGPTConfig:
-    path = folder / "config.json"
-    kind = read_json(read_text(path), str(path)).get("model_type")
+def _fields(folder: Path) -> dict[str, Any]:
+    """The fields of the GPT-2's `config.json` in `folder`."""
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.is_file() and not path.is_file():
+        base = read_json(read_text(adapter), str(adapter)).get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} is an adapter of {base}; merge it first: load both with PeftModel, call "
+            "merge_and_unload and save_pretrained, and convert what that wrote"
+        )
+    fields: dict[str, Any] = read_json(read_text(path), str(path))
+    kind = fields.get("model_type")
     if kind == ScratchGPTConfig.model_type:
         raise ValueError(
             f"{folder} holds a {kind} model already, which needs no conversion; to refresh its "
@@ -50,12 +80,7 @@ def _config(folder: Path) -> ScratchGPTConfig:
         )
     if kind != "gpt2":
         raise ValueError(f"{folder} is a model of type {kind!r}; only GPT-2 can be converted")
-    with told_as_error(path):
-        fields, _ = ScratchGPTConfig.get_config_dict(folder)
-        # How attention is computed is a matter of the machine, not of the checkpoint.
-        for name in ("attn_implementation", "_attn_implementation"):
-            fields.pop(name, None)
-        return ScratchGPTConfig(**fields)
+    return fields
 
 
 def _download(hub_id: str) -> Path:
@@ -69,13 +94,14 @@ def _download(hub_id: str) -> Path:
 def stored_tensors(folder: Path) -> list[StoredTensor]:
     """The tensors of the folder's weight files, of which safetensors come before pickles."""
     stored: list[StoredTensor] = []
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         is_pickle = file.suffix != ".safetensors"
-        stored += Pickle(str(file)).tensors() if is_pickle else _safetensors(file)
+        stored += Pickle(str(file)).tensors() if is_pickle else safetensors(file)
     return stored
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's weight files, safetensors before pickles."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
@@ -91,8 +117,8 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
-def _safetensors(path: Path) -> list[StoredTensor]:
-    # The library maps them, and reads none yet.
+def safetensors(path: Path) -> list[StoredTensor]:
+    """The tensors of the safetensors file `path`; the library maps them, and reads none yet."""
     stored = []
     with path.open("rb") as begin:
         header = int.from_bytes(begin.read(8), "little")

@@ -14,7 +14,7 @@ import torch
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from .assemble import shapes_of
 from .names import rules_of
-from .sources import GPT2Source, StoredTensor, map_tensor, told_as_error
+from .sources import GPT2Source, StoredTensor, gpt2, map_tensor, told_as_error
 
 MAGIC = 20240326
 _HEADER = 256 * 4
@@ -43,10 +43,11 @@ def read_llmc(source: str) -> GPT2Source:
         raise ValueError(f"{source} says that it has {layers} layers, over {_MOST_LAYERS}")
     if not 0 < vocabulary <= padded:
         raise ValueError(f"{source} says that {vocabulary} of {padded} rows are tokens")
+    sizes = dict(n_embd=width, n_layer=layers, n_head=heads, n_positions=positions)
     with told_as_error(source):
-        config = ScratchGPTConfig(
-            n_vocab=padded, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions
-        )
+        config = ScratchGPTConfig(**sizes, vocab_size=padded)
+        # The tanh form: gelu_forward in train_gpt2.c.
+        theirs = gpt2(**sizes, vocab_size=padded, activation_function="gelu_new")
     tensors, end = {}, _HEADER
     shapes, dtype = shapes_of(config, layers), _DTYPES[version]
     for rule in rules_of(layers):
@@ -58,7 +59,7 @@ def read_llmc(source: str) -> GPT2Source:
             end += prod(shape) * dtype.itemsize
     if size != end:
         raise ValueError(f"{source} has {size} bytes, and the sizes in its header take {end}")
-    opened = GPT2Source(f"llm.c, version {version}", source, config, tensors)
+    opened = GPT2Source(f"llm.c, version {version}", source, config, theirs, tensors)
     if vocabulary != padded:
         opened.trim_vocabulary(vocabulary)
     return opened

@@ -7,11 +7,13 @@ one variable a weight, `model/h0/attn/c_attn/w` and so on (github.com/openai/gpt
 import re
 from pathlib import Path
 
+from transformers import GPT2Config
+
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import END_OF_TEXT, read_json, read_text
 from .names import rules_of
-from .sources import TOKENS, GPT2Source, told_as_error
+from .sources import TOKENS, GPT2Source, gpt2, told_as_error
 from .tensor_bundle import read_bundle
 
 _SIZES = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"}
@@ -25,7 +27,7 @@ def read_openai_release(source: str) -> GPT2Source:
             raise ValueError(f"{folder / name} is missing; an OpenAI release has it")
     with told_as_error(folder):
         tokenizer = ScratchGPTTokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
-    config = _config(folder / "hparams.json", tokenizer)
+    config, theirs = _config(folder / "hparams.json", tokenizer)
     checkpoint = _checkpoint_name(folder / "checkpoint")
     stored = {tensor.name: tensor for tensor in read_bundle(folder / checkpoint)}
     tensors = {}
@@ -34,13 +36,14 @@ def read_openai_release(source: str) -> GPT2Source:
             if rule.is_matrix and tensor.shape[:1] == (1,):  # a convolution of width 1
                 tensor = tensor.made(lambda kernel: kernel[0], tensor.shape[1:])
             tensors[rule.gpt2] = tensor
-    opened = GPT2Source("OpenAI release", source, config, tensors | stored, inputs_first=True)
+    tensors |= stored
+    opened = GPT2Source("OpenAI release", source, config, theirs, tensors, inputs_first=True)
     opened.adopt(tokenizer)
     return opened
 
 
-def _config(path: Path, tokenizer: ScratchGPTTokenizer) -> ScratchGPTConfig:
-    """The configuration that `hparams.json` describes."""
+def _config(path: Path, tokenizer: ScratchGPTTokenizer) -> tuple[ScratchGPTConfig, GPT2Config]:
+    """What `hparams.json` describes, as a configuration of ours and of transformers'."""
     with told_as_error(path):
         hparams = read_json(read_text(path), str(path))
         if hparams.keys() != _SIZES or not all(type(size) is int for size in hparams.values()):
@@ -49,7 +52,10 @@ def _config(path: Path, tokenizer: ScratchGPTTokenizer) -> ScratchGPTConfig:
             theirs = f"{path.with_name('encoder.json')} has {len(tokenizer)} tokens"
             raise ValueError(f"{theirs}, and {path} says n_vocab {hparams['n_vocab']}")
         tokens = dict.fromkeys(TOKENS, tokenizer.get_vocab()[END_OF_TEXT])
-        return ScratchGPTConfig(**hparams, **tokens)
+        config = ScratchGPTConfig(**hparams, **tokens)
+        sizes = dict(vocab_size=hparams.pop("n_vocab"), n_positions=hparams.pop("n_ctx"))
+        # The tanh form: gelu in src/model.py.
+        return config, gpt2(**sizes, **hparams, activation_function="gelu_new")
 
 
 def _openai_name(gpt2: str) -> str:

@@ -38,6 +38,12 @@ def is_archive(path: str | Path) -> bool:
         return file.read(4) == b"PK\3\4"
 
 
+def plain_content(path: Path) -> Any:
+    """What the pickle `path` holds, of dictionaries, lists, numbers and texts."""
+    with told_as_error(path), _Bounded(path) as file:
+        return unpickle(BytesIO(file.read()), {})
+
+
 class Pickle:
     """A file of `torch.save`, whose tensors are mapped into memory when they are read.
 

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
-from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .names import CAUSAL_MASK
 
 # What torch.compile and DistributedDataParallel put before the names of what they wrap.
@@ -62,29 +63,36 @@ class GPT2Source:
     Args:
         origin: the format, in words.
         path: the file, folder or hub id.
-        config: sizes and switches.
+        config: sizes and switches of what it becomes.
+        theirs: what its own code computes, in the terms of transformers' GPT-2. Verification goes
+            by this, so it is never made of `config`.
         tensors: by transformers' name in a base model, and `lm_head.weight`; what has no such name
             by its own.
         dropped: names of tensors left out on purpose, and why.
+        notes: what else a user should know of how it was read.
         inputs_first: whether matrices are (inputs, outputs).
         biases_optional: whether a missing bias is a bias of zeros.
         tokenizer: the vocabulary that came with it.
+        tokenizer_files: what to copy in its place.
         unchecked: files without a checksum, in their format or in a list of digests.
     """
 
     origin: str
     path: str
     config: ScratchGPTConfig
+    theirs: GPT2Config
     tensors: dict[str, StoredTensor]
     dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     inputs_first: bool = False
     biases_optional: bool = False
-    tokenizer: ScratchGPTTokenizer | None = None
+    tokenizer: PreTrainedTokenizerFast | None = None
+    tokenizer_files: list[Path] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
-    def adopt(self, tokenizer: ScratchGPTTokenizer) -> None:
+    def adopt(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Take `tokenizer`, and from it the special tokens that the configuration lacks."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tokenizer_files = tokenizer, []
         for name in TOKENS:
             if getattr(self.config, name) is None:
                 setattr(self.config, name, getattr(tokenizer, name))
@@ -92,15 +100,18 @@ class GPT2Source:
             tokenizer.model_max_length = self.config.max_position_embeddings
 
     def untie_or_drop_head(self) -> None:
-        """Drop the output head if it repeats the token embedding; else untie them."""
+        """Drop the output head if it is the token embedding, else untie them."""
         head, embedding = self.tensors.get("lm_head.weight"), self.tensors.get("wte.weight")
-        if head is None or embedding is None:
+        if head is None:
             return
-        if head.dtype == embedding.dtype and torch.equal(head.read(), embedding.read()):
+        if embedding is None:
+            self.tensors["wte.weight"] = self.tensors.pop("lm_head.weight")
+            self.notes.append(f"took     {head.name} as the token embedding too, which is missing")
+        elif head.dtype == embedding.dtype and torch.equal(head.read(), embedding.read()):
             self.dropped[head.name] = "the same as the token embedding"
             del self.tensors["lm_head.weight"]
         else:
-            self.config.tie_word_embeddings = False
+            self.config.tie_word_embeddings = self.theirs.tie_word_embeddings = False
 
     def trim_vocabulary(self, size: int) -> None:
         """Keep the first `size` tokens, of which the last ends texts, and drop the padding."""
@@ -112,7 +123,7 @@ class GPT2Source:
             shape, rows = (size, whole.shape[1]), whole.shape[0] - size
             self.tensors[name] = whole.made(lambda tensor: tensor[:size], shape)
             self.dropped[f"{whole.name}, last {rows} rows"] = "padding of the vocabulary"
-        self.config.vocab_size = size
+        self.config.vocab_size = self.theirs.vocab_size = size
         for token in TOKENS:
             setattr(self.config, token, size - 1)
 
@@ -130,6 +141,11 @@ def joined(parts: list[StoredTensor]) -> StoredTensor:
         shape=(sum(part.shape[0] for part in parts if part.shape), *first.shape[1:]),
         read=lambda: torch.cat([part.read() for part in parts]),
     )
+
+
+def gpt2(**fields: Any) -> GPT2Config:
+    """The configuration of a GPT-2 by transformers' code, without special tokens."""
+    return GPT2Config(**fields | dict.fromkeys(TOKENS))
 
 
 @contextmanager

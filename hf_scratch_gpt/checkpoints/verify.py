@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from ..model.configuration_scratch_gpt import ScratchGPTConfig
+from ..model.configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from .saved import read_saved
 from .sources import GPT2Source
 
 _NUM_TOKENS = 8
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+# What has to agree, by GPT-2's names; a small difference of the activation may hide in rounding.
+_AGREEING = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "activation_function"]
+_AGREEING += ["layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"]
 # float32 sums of a few thousand terms, in another order.
 _TOLERANCE = 1e-4
 
@@ -28,8 +30,9 @@ _TOLERANCE = 1e-4
 def gpt2_config(config: ScratchGPTConfig) -> GPT2Config:
     """transformers' configuration of the GPT-2 that `config` describes."""
     names = [name for name in GPT2Config.__annotations__ if hasattr(config, name)]
-    # Tools of others read `n_ctx`, as OpenAI's own files have it; transformers does not.
     fields = {name: getattr(config, name) for name in names}
+    fields["tokenizer_class"] = getattr(config, "tokenizer_class", None)
+    # Tools of others read `n_ctx`, as OpenAI's own files have it; transformers does not.
     return GPT2Config(**fields, n_ctx=config.max_position_embeddings)
 
 
@@ -40,9 +43,9 @@ def verify(source: GPT2Source, folder: Path) -> str:
         ValueError: they differ by more than rounding or in a size, or `folder` is damaged.
     """
     config, stored = read_saved(folder)
-    for name in _SIZES:
-        theirs, ours = getattr(source.config, name), getattr(config, name)
-        if theirs != ours:
+    for name in _AGREEING:
+        theirs, ours = getattr(source.theirs, name), getattr(config, name)
+        if GELU_FORMS.get(theirs, theirs) != GELU_FORMS.get(ours, ours):
             difference = f"{folder} has {name}={ours}, and {source.path} {theirs}"
             raise ValueError(f"{difference}; convert it anew")
     dtype = config.dtype or torch.float32
@@ -56,7 +59,7 @@ def verify(source: GPT2Source, folder: Path) -> str:
 
     # Side by side, since most of the time goes into fetching weights.
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(_logits, GPT2LMHeadModel, gpt2_config(source.config), read_theirs)
+        future = pool.submit(_logits, GPT2LMHeadModel, source.theirs, read_theirs)
         logits = _logits(ScratchGPTForCausalLM, config, read_ours)
         expected = future.result()
     differences = (logits - expected).abs()

@@ -264,7 +264,7 @@ def test_verification_notices_a_wrong_value_and_another_size(
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for source, message in (
         (small_gpt2, "the conversion is wrong"),
-        (gpt2_folder, "has num_hidden_layers=2, and"),
+        (gpt2_folder, "has n_layer=2, and"),
     ):
         assert verify([str(source), str(out)]) == 1
         error = capsys.readouterr().err

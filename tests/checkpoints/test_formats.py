@@ -13,7 +13,7 @@ from hf_scratch_gpt.checkpoints.commands import convert_command as main
 from hf_scratch_gpt.checkpoints.commands import export_command as export
 from hf_scratch_gpt.checkpoints.commands import verify_command as verify
 from hf_scratch_gpt.checkpoints.hf_gpt2 import read_hf_gpt2
-from hf_scratch_gpt.checkpoints.state_dicts import read_textbook
+from hf_scratch_gpt.checkpoints.state_dicts import read_weights
 
 from ..models import random_gpt2
 from .checkpoints import (
@@ -78,7 +78,7 @@ def test_textbook(tied, qkv_bias, wrapped, tmp_path):
 def test_textbook_heads_that_are_assumed_or_published(tmp_path, capsys):
     state = {"tok_emb.weight": torch.zeros(3, 768), "pos_emb.weight": torch.zeros(4, 768)}
     torch.save(state, tmp_path / "model.pth")
-    opened = read_textbook(str(tmp_path / "model.pth"))
+    opened = read_weights(str(tmp_path / "model.pth"))
     assert opened.origin == "textbook state dict, 12 heads assumed from the width 768"
     arguments = [str(tmp_path / "model.pth"), "--preset", "gpt2-medium"]
     message = r"\S+model\.pth has 1 layers of width 768, and gpt2-medium has 24 of width 1024"

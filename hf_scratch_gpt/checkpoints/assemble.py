@@ -21,11 +21,9 @@ def plan(source: GPT2Source) -> Planned:
     Raises:
         ValueError: a tensor is missing, left over, or has another shape or data type; names it.
     """
-    layers, count = source.config.num_hidden_layers, len(source.tensors)
-    if layers > count:  # a billion would take long to make
-        raise ValueError(f"{source.path} has {count} tensors, too few for {layers} layers")
+    layers = source.config.num_hidden_layers
     with told_as_error(source.path):
-        shapes = shapes_of(source.config)
+        shapes = shapes_of(source.config, len(source.tensors))
     left, planned, missing = dict(source.tensors), Planned(), []
     for rule in rules_of(layers):
         # Without a bias that this model does without, and a head that is tied.
@@ -68,8 +66,13 @@ def raise_if_any(names: Collection[str], what: str) -> None:
         raise ValueError(f"{what} {', '.join(sorted(names)[:_NAMED])}{more}")
 
 
-def shapes_of(config: ScratchGPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of our language model's tensors by name, without a head that is tied."""
+def shapes_of(config: ScratchGPTConfig, count: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of our language model's tensors by name, without a head that is tied.
+
+    A ValueError if there are only `count` tensors: a billion layers would take long to make.
+    """
+    if config.num_hidden_layers > count:
+        raise ValueError(f"{count} tensors are too few for {config.num_hidden_layers} layers")
     with torch.device("meta"):
         ours = ScratchGPTForCausalLM(config).state_dict()
     if config.tie_word_embeddings:

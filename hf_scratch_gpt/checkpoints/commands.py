@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..files import destination
+from ..messages import TOLD, one_line, printable
 from .assemble import plan
 from .convert import convert, export
 from .hf_gpt2 import OFFICIAL
@@ -98,10 +99,10 @@ def _run(work: Callable[[argparse.Namespace], list[str]], options: argparse.Name
     in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
     before = in_main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print("\n".join(work(options)))
+        print("\n".join(map(printable, work(options))))
         return 0
-    except (OSError, ValueError) as error:
-        print(f"error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
+    except TOLD as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing was changed", file=sys.stderr)
@@ -109,8 +110,3 @@ def _run(work: Callable[[argparse.Namespace], list[str]], options: argparse.Name
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)
-
-
-def _printable(text: str) -> str:
-    """`text` with what would steer a terminal written as escapes; names come from files."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

@@ -16,7 +16,7 @@ from .hf_gpt2 import OFFICIAL, read_hf_gpt2
 from .saved import read_saved, save_all_but_weights
 from .sources import GPT2Source, told_as_error
 from .verify import gpt2_config, verify
-from .vocabularies import other_vocabulary
+from .vocabularies import has_vocabulary, other_vocabulary
 from .weights import write_weights
 
 # Where our files came from, and where their code is; GPT-2's own needs none.
@@ -56,7 +56,8 @@ def convert(
         save_all_but_weights(ScratchGPTForCausalLM, source.config, dtype, origin, complete)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(complete)
-        _copy(source.tokenizer_files, complete)
+        for file in source.tokenizer_files:
+            shutil.copy(file, complete)
         write_weights(complete, planned, dtype, max_shard_size)
         if check:
             report.append(f"checked  {verify(source, complete)}")
@@ -133,18 +134,14 @@ def export(source: Path, out: Path, overwrite: bool = True) -> list[str]:
     dtype = common_dtype(planned)
     with new_folder(out, overwrite) as complete:
         save_all_but_weights(GPT2LMHeadModel, gpt2_config(config), dtype, source, complete)
-        if files := other_vocabulary(source):
-            _copy(files, complete)
-        elif any((source / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        files = other_vocabulary(source)
+        for file in files:
+            shutil.copy(file, complete)
+        if not files and has_vocabulary(source):
             _save_tokenizer(source, complete)
         write_weights(complete, planned, dtype)
         checked = verify(read_hf_gpt2(str(complete)), source)
     return [f"checked  {checked}", f"wrote    {out}"]
-
-
-def _copy(files: list[Path], folder: Path) -> None:
-    for file in files:
-        shutil.copy(file, folder)
 
 
 def _save_tokenizer(source: Path, out: Path) -> None:

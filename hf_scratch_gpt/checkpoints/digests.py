@@ -2,9 +2,11 @@
 
 import hashlib
 import re
-import zipfile
 from pathlib import Path
 
+from .pickles import is_archive
+
+_LARGEST = 1 << 20  # bytes of a list of digests
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -25,7 +27,7 @@ def unchecked_files(paths: list[Path]) -> list[str]:
     for path in paths:
         recorded, where = _recorded(path)
         if recorded is None:
-            if not zipfile.is_zipfile(path):
+            if not is_archive(path):
                 unchecked.append(str(path))
         elif (found := sha256(path)) != recorded:
             difference = f"{path} has the SHA-256 {found}, and {where} says {recorded}"
@@ -51,5 +53,6 @@ def _recorded(path: Path) -> tuple[str | None, str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of the text file `path`; none if it is not there."""
-    return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    """The lines of the text file `path`; none if it is not there or too large."""
+    is_there = path.is_file() and path.stat().st_size <= _LARGEST
+    return path.read_text("utf-8", errors="replace").splitlines() if is_there else []

@@ -11,14 +11,16 @@ from transformers import GPT2Config
 
 from ..model.configuration_scratch_gpt import PRESET_ALIASES, ScratchGPTConfig
 from ..model.vocabulary_scratch_gpt import read_json, read_text
+from .folders import check_texts
 from .pickles import Pickle
 from .sources import WRAPPERS, GPT2Source, StoredTensor, by_plain_name, gpt2, told_as_error
-from .vocabularies import take_vocabulary
+from .vocabularies import has_vocabulary, take_vocabulary
 
 # OpenAI's sizes on the hub.
 OFFICIAL = {
     size: f"openai-community/{PRESET_ALIASES[size]}" for size in ("124M", "355M", "774M", "1558M")
 }
+_LARGEST_HEADER = 1 << 22  # that of GPT-2's largest size takes 80 thousand bytes
 _FILES = ["*.json", "*.txt", "*.tiktoken", "*.model"]
 # What a config.json says of the model itself, by GPT-2's names and transformers' general ones.
 _KEPT = {*GPT2Config.__annotations__, *GPT2Config.attribute_map}
@@ -39,27 +41,24 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(OFFICIAL.get(source, source))
+    check_texts(folder)
     fields = _fields(folder)
     kept = {name: value for name, value in fields.items() if name in _KEPT}
     if "n_ctx" in fields:  # where the oldest files have the number of positions
         kept.setdefault("n_positions", fields["n_ctx"])
     with told_as_error(folder / "config.json"):
         config, theirs = ScratchGPTConfig(**kept), gpt2(**kept)
-    named, dropped = by_plain_name(stored_tensors(folder), (*WRAPPERS, "transformer."))
-    if heads := sorted(named.keys() & _OTHER_HEADS.keys()):
-        task = _OTHER_HEADS[heads[0]]
-        raise ValueError(
-            f"{folder} has the head of another task, {heads[0]}; load it with {task}."
-            "from_pretrained, and save it with save_pretrained"
-        )
-    opened = GPT2Source(
-        "transformers GPT-2", source, config, theirs, named, dropped, inputs_first=True
-    )
+    named = by_plain_name(stored_tensors(folder), (*WRAPPERS, "transformer."))
+    opened = GPT2Source("transformers GPT-2", source, config, theirs, *named, inputs_first=True)
+    for head in opened.tensors.keys() & _OTHER_HEADS.keys():
+        remedy = f"load it with {_OTHER_HEADS[head]}.from_pretrained, and call save_pretrained"
+        raise ValueError(f"{folder} has the head of another task, {head}; {remedy}")
     if left_out := sorted(fields.keys() - _KEPT - _USUAL):
         opened.notes.append(f"left out {', '.join(left_out)} of config.json")
     if config.tie_word_embeddings:
         opened.untie_or_drop_head()
-    take_vocabulary(opened, folder)
+    if has_vocabulary(folder):
+        take_vocabulary(opened, str(folder))
     return opened
 
 
@@ -93,11 +92,12 @@ def _download(hub_id: str) -> Path:
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """The tensors of the folder's weight files."""
-    files = weight_files(folder)
-    if files[0].suffix == ".safetensors":
-        return [tensor for file in files for tensor in safetensors(file)]
-    return [tensor for file in files for tensor in Pickle(str(file)).tensors()]
+    """The tensors of the folder's weight files, of which safetensors come before pickles."""
+    stored: list[StoredTensor] = []
+    for file in weight_files(folder):
+        is_pickle = file.suffix != ".safetensors"
+        stored += Pickle(str(file)).tensors() if is_pickle else safetensors(file)
+    return stored
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -107,18 +107,23 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            with told_as_error(index):
-                shards = sorted(set(read_json(read_text(index), str(index))["weight_map"].values()))
-                for shard in shards:
-                    if Path(shard).name != shard or not (folder / shard).is_file():
-                        raise ValueError(f"{index} lists {shard}, which is missing beside it")
-                return [folder / shard for shard in shards]
+            files = read_json(read_text(index), str(index)).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+                raise ValueError(f"{index} should give each tensor's file in weight_map")
+            for shard in files.values():
+                if Path(shard).name != shard or not (folder / shard).is_file():
+                    raise ValueError(f"{index} lists {shard}, which is missing beside it")
+            return [folder / shard for shard in sorted(set(files.values()))]
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
 def safetensors(path: Path) -> list[StoredTensor]:
     """The tensors of the safetensors file `path`; the library maps them, and reads none yet."""
     stored = []
+    with path.open("rb") as begin:
+        header = int.from_bytes(begin.read(8), "little")
+    if header > _LARGEST_HEADER:
+        raise ValueError(f"{path} has a header of {header} bytes, over {_LARGEST_HEADER}")
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # it is not a mapping

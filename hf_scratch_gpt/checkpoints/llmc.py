@@ -18,6 +18,7 @@ from .sources import GPT2Source, StoredTensor, gpt2, map_tensor, told_as_error
 
 MAGIC = 20240326
 _HEADER = 256 * 4
+_MOST_LAYERS = 1 << 12
 _DTYPES = {3: torch.float32, 5: torch.bfloat16}
 
 
@@ -38,8 +39,8 @@ def read_llmc(source: str) -> GPT2Source:
     if version not in _DTYPES:
         raise ValueError(f"{source} has version {version}; versions 3 and 5 can be read")
     size = path.stat().st_size
-    if layers * width > size:  # a billion layers would take long to describe
-        raise ValueError(f"{source} is too short for {layers} layers of width {width}")
+    if layers > _MOST_LAYERS:  # a billion would take long to describe
+        raise ValueError(f"{source} says that it has {layers} layers, over {_MOST_LAYERS}")
     if not 0 < vocabulary <= padded:
         raise ValueError(f"{source} says that {vocabulary} of {padded} rows are tokens")
     sizes = dict(n_embd=width, n_layer=layers, n_head=heads, n_positions=positions)
@@ -48,7 +49,7 @@ def read_llmc(source: str) -> GPT2Source:
         # The tanh form: gelu_forward in train_gpt2.c.
         theirs = gpt2(**sizes, vocab_size=padded, activation_function="gelu_new")
     tensors, end = {}, _HEADER
-    shapes, dtype = shapes_of(config), _DTYPES[version]
+    shapes, dtype = shapes_of(config, layers), _DTYPES[version]
     for rule in rules_of(layers):
         if rule.ours[0] in shapes:  # all but the head
             outputs, *inputs = shapes[rule.ours[0]]

@@ -4,9 +4,11 @@ Each reader raises a ValueError that names the file if one is missing, damaged o
 and an OSError if there is no such file, folder or hub id.
 """
 
+import re
 from collections.abc import Callable
 from inspect import signature
 from itertools import islice
+from os.path import lexists
 from pathlib import Path
 
 from .digests import unchecked_files
@@ -29,11 +31,11 @@ FORMATS: dict[str, Callable[..., GPT2Source]] = {
 # The format of a folder by a file in it.
 _MARKS = {"hparams.json": "openai", "config.json": "hf", "ckpt.pt": "nanogpt"}
 _MARKS |= {"adapter_config.json": "hf"}
-# What files of other programs begin with, what they are, and what to do.
-_FOREIGN = {
-    b"GGUF": "a GGUF file; load it with GPT2LMHeadModel.from_pretrained(FOLDER, gguf_file=NAME)",
-    b"\x89HDF": "TensorFlow's weights; load it with transformers below 5 and from_tf=True",
-}
+# Files that are parts of a GPT-2 in a folder.
+_PARTS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|.*\.json"
+    r"|checkpoint|model.*\.(index|meta|data-\d+-of-\d+)"
+)
 
 
 def recognize(source: str) -> str:
@@ -43,39 +45,34 @@ def recognize(source: str) -> str:
         for name, kind in _MARKS.items():
             if (path / name).is_file():
                 return kind
-        near = [str(child) for child in islice(path.iterdir(), 1000) if _may_be_source(child)]
-        hint = f"; did you mean {' or '.join(sorted(near)[:3])}?" if near else ""
+        near = [child for child in islice(path.iterdir(), 1000) if child.suffix in (".pt", ".pth")]
+        near += [mark.parent for name in _MARKS for mark in path.glob(f"*/{name}")]
+        hint = f"; did you mean {' or '.join(map(str, near[:3]))}?" if near else ""
         raise ValueError(f"{source} is not a GPT-2: it has none of {', '.join(_MARKS)}{hint}")
     if not path.is_file():
         return "hf"
-    with path.open("rb") as file:
-        if foreign := _FOREIGN.get(file.read(4)):
-            raise ValueError(f"{source} is {foreign}, save_pretrained it, and convert that")
+    if path.suffix == ".gguf":
+        raise ValueError(
+            f"{source} is a GGUF file; load it with GPT2LMHeadModel.from_pretrained(FOLDER, "
+            "gguf_file=NAME), save it with save_pretrained, and convert that"
+        )
     if path.suffix == ".safetensors":
         return "state_dict"
     if is_llmc(source):
         return "llmc"
     content = Pickle(source).content
     entries = content if isinstance(content, dict) else {}
-    has_sizes = "model_args" in entries or hasattr(entries.get("config"), "fields")
+    has_sizes = "model_args" in entries or "n_layer" in getattr(entries.get("config"), "fields", {})
     return "nanogpt" if has_sizes else "state_dict"
 
 
-def _may_be_source(path: Path) -> bool:
-    if path.is_dir():
-        return any((path / name).is_file() for name in _MARKS)
-    return path.suffix in (".pt", ".pth", ".bin", ".safetensors")
-
-
 def _whole(source: str) -> str:
-    """The folder of `source` if that is one of the files of a GPT-2 in several files."""
+    """The folder of `source` if that is a part of the GPT-2 there."""
     path = Path(source)
-    beside = {name for name in ("hparams.json", "config.json") if path.with_name(name).is_file()}
-    if not path.is_file() or not beside:
-        return source
-    parts = weight_files(path.parent) if "config.json" in beside else []
-    is_part = path in parts or path.suffix == ".json" or path.name == "checkpoint"
-    return str(path.parent) if is_part or path.name.startswith("model.ckpt") else source
+    is_part = path.is_file() and _PARTS.fullmatch(path.name) is not None
+    if is_part and path.suffix in (".safetensors", ".bin"):
+        is_part = (path.parent / "config.json").is_file() and path in weight_files(path.parent)
+    return str(path.parent) if is_part else source
 
 
 def open_source(
@@ -91,19 +88,22 @@ def open_source(
     Raises:
         ValueError: as its reader, or its vocabulary is larger than its embedding.
     """
+    path = Path(source)
+    if not (path.is_file() or path.is_dir()) and (path.is_absolute() or lexists(path)):
+        raise ValueError(f"{source} is missing, or is neither a file nor a folder")
     source = _whole(source)
     kind = kind or recognize(source)
     read = FORMATS[kind]
     given = {name: value for name, value in options.items() if value is not None}
-    for name in given.keys() - signature(read).parameters.keys():
-        option = f"--{name.replace('_', '-')}"
-        raise ValueError(f"{source} ({kind}) says itself what {option} would; leave it out")
+    if unasked := given.keys() - signature(read).parameters.keys():
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unasked)
+        raise ValueError(f"{source} ({kind}) says itself what {names} would; leave it out")
     opened = read(source, **given)
     if kind != "openai":  # its checkpoints have checksums of their own
         files = {tensor.file for tensor in opened.tensors.values()}
         opened.unchecked = unchecked_files([Path(file) for file in sorted(files)])
     if tokenizer is not None:
-        take_vocabulary(opened, Path(tokenizer))
+        take_vocabulary(opened, tokenizer)
     if opened.tokenizer is not None and len(opened.tokenizer) > opened.config.vocab_size:
         theirs = f"the vocabulary has {len(opened.tokenizer)} tokens, and the model of {source}"
         raise ValueError(f"{theirs} {opened.config.vocab_size}; pass the tokenizer of its training")

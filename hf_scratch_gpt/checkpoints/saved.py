@@ -1,5 +1,6 @@
 """Read a saved model of ours one tensor at a time, and write all but the weights of a new one."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..files import without_progress_bars
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.vocabulary_scratch_gpt import read_json, read_text
 from .assemble import raise_if_any, shapes_of
+from .folders import check_texts, read_config
 from .hf_gpt2 import stored_tensors
 from .sources import TOKENS, StoredTensor, told_as_error
 
@@ -26,19 +28,42 @@ def read_saved(folder: Path) -> tuple[ScratchGPTConfig, dict[str, StoredTensor]]
     kind, ours = read_json(read_text(path), str(path)).get("model_type"), "scratch_gpt"
     if kind != ours:
         raise ValueError(f"{path} is of a model of type {kind!r}; name the folder of a {ours}")
-    with told_as_error(path):
-        config = ScratchGPTConfig.from_pretrained(folder)
-        shapes = shapes_of(config)
+    check_texts(folder)
+    config = read_config(folder)
     stored: dict[str, StoredTensor] = {}
     for tensor in stored_tensors(folder):
         in_base_model = not tensor.name.startswith(("model.", "lm_head."))
         stored[f"model.{tensor.name}" if in_base_model else tensor.name] = tensor
+    with told_as_error(path):
+        shapes = shapes_of(config, len(stored))
     raise_if_any(shapes.keys() - stored.keys(), f"{folder} lacks the tensors")
     left = [stored[name].name for name in stored.keys() - shapes.keys()]
     raise_if_any(left, f"config.json of {folder} has no place for")
     for name, shape in shapes.items():
         stored[name].check(shape)
     return config, stored
+
+
+def check_model(source: str) -> None:
+    """Raise a ValueError unless `source`, if it is a folder, holds what its config.json describes.
+
+    transformers would make a model of any size before it looks at the weights.
+    """
+    folder, path = Path(source), Path(source) / "config.json"
+    if not path.is_file():
+        return
+    check_texts(folder)
+    content = read_json(read_text(path), str(path))
+    if content.get("model_type") not in ("gpt2", "scratch_gpt"):
+        return
+    if content.get("is_encoder_decoder"):
+        raise ValueError(f"{path}: is_encoder_decoder is set, and a GPT is a decoder only")
+    config, stored = read_config(folder), stored_tensors(folder)
+    numbers = sum(prod(tensor.shape) for tensor in stored)
+    with told_as_error(path):
+        asked = sum(map(prod, shapes_of(config, len(stored)).values()))
+    if asked > 8 * numbers:  # a byte may hold several, of a few bits each
+        raise ValueError(f"{path} describes {asked} parameters, and there are {numbers} numbers")
 
 
 def save_all_but_weights(

@@ -39,37 +39,38 @@ def read_nanogpt(source: str, activation: str | None = None) -> GPT2Source:
     if "model" not in content or not isinstance(arguments, dict):
         raise ValueError(f"{path} is not a nanoGPT checkpoint: it lacks model or model_args")
     origin = "nanoGPT" if "model_args" in content else "build-nanoGPT"
-    form, reason = _form_of_gelu(origin, arguments, activation)
-    sizes = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
-    sizes |= {"vocab_size": "vocab_size", "n_positions": "block_size"}
+    form, reason = _nanogpts_form(origin, arguments)
+    form = activation or form
+    names = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
     with told_as_error(f"{path}: model_args"):
-        if missing := [name for name in sizes.values() if name not in arguments]:
+        if missing := [name for name in names if name not in arguments]:
             raise ValueError(f"lacks {', '.join(missing)}")
-        fields = {ours: arguments[name] for ours, name in sizes.items()}
+        fields = {name.replace("block_size", "n_positions"): arguments[name] for name in names}
         bias, dropout = bool(arguments.get("bias", True)), float(arguments.get("dropout") or 0.0)
-        config = ScratchGPTConfig(**fields, drop_rate=dropout, qkv_bias=bias, hidden_act=form)
-        theirs = gpt2(**fields, activation_function=form)
+        config = ScratchGPTConfig(**fields, drop_rate=dropout, qkv_bias=bias)
+        config.hidden_act = ACTIVATIONS[form]
+        theirs = gpt2(**fields, activation_function=ACTIVATIONS[form])
     named = by_plain_name(pickle.tensors("model"), (*WRAPPERS, "transformer."))
     opened = GPT2Source(origin, path, config, theirs, *named, biases_optional=not bias)
-    opened.notes.append(_told(form, reason))
+    opened.notes.append(_told(form, reason, activation))
     _take_characters(opened, Path(path).with_name("meta.pkl"))
     return _settled(opened)
 
 
-def _form_of_gelu(origin: str, arguments: dict[str, Any], chosen: str | None) -> tuple[str, str]:
-    """The activation, by transformers' name, and why it is that."""
-    if chosen is not None:
-        return ACTIVATIONS[chosen], "as --activation says"
+def _nanogpts_form(origin: str, arguments: dict[str, Any]) -> tuple[str, str]:
+    """The form of GELU, and why it is that."""
     if origin == "build-nanoGPT":
-        return "gelu_new", "as build-nanoGPT computes it"
-    if "bias" in arguments:
-        older = "the tanh form before that: if this file is older, pass --activation tanh"
-        return "gelu", f"as nanoGPT computes it since May 2023; it had {older}"
-    return "gelu_new", "as nanoGPT computed it until January 2023, when it had no field `bias` yet"
+        return "tanh", "as build-nanoGPT computes it"
+    if "bias" not in arguments:
+        return "tanh", "as nanoGPT computed it until January 2023, without the field `bias` yet"
+    older = "if this file is from before, which had the tanh form, pass --activation tanh"
+    return "exact", f"as nanoGPT computes it since May 2023; {older}"
 
 
-def _told(form: str, reason: str) -> str:
-    return f"took     the {'exact' if form == 'gelu' else 'tanh'} form of GELU, {reason}"
+def _told(form: str, reason: str, chosen: str | None) -> str:
+    """A line of the report that says which form of GELU was taken and why."""
+    name = "exact" if ACTIVATIONS[form] == "gelu" else "tanh"
+    return f"took     the {name} form of GELU, {'as --activation says' if chosen else reason}"
 
 
 def _take_characters(source: GPT2Source, path: Path) -> None:
@@ -114,16 +115,16 @@ def read_weights(
     tensors |= left
     sizes = _sizes(source, tensors, num_heads, preset)
     attention = tensors.get("h.0.attn.c_attn.weight")
-    form = ACTIVATIONS[activation or "tanh"]
+    form = activation or "tanh"
     with told_as_error(source):
-        qkv_bias = "h.0.attn.c_attn.bias" in tensors
-        config = ScratchGPTConfig(**sizes, qkv_bias=qkv_bias, hidden_act=form)
-        theirs = gpt2(**sizes, activation_function=form)
+        bias = "h.0.attn.c_attn.bias" in tensors
+        config = ScratchGPTConfig(**sizes, qkv_bias=bias, hidden_act=ACTIVATIONS[form])
+        theirs = gpt2(**sizes, activation_function=ACTIVATIONS[form])
     opened = GPT2Source(origin, source, config, theirs, tensors, dropped)
     opened.inputs_first = attention is not None and attention.shape[1:] == (3 * sizes["n_embd"],)
     opened.biases_optional = "h.0.mlp.c_fc.bias" not in tensors
     usual = "as in GPT-2, minGPT and the textbook; for nanoGPT since May 2023, --activation exact"
-    opened.notes.append(_told(form, "as --activation says" if activation else usual))
+    opened.notes.append(_told(form, usual, activation))
     if num_heads is None and preset is None:
         heads, width = sizes["n_head"], sizes["n_embd"]
         opened.origin += f", {heads} heads assumed from the width {width}"
@@ -136,6 +137,10 @@ def _weights_in(source: str) -> list[StoredTensor]:
         return safetensors(Path(source))
     pickle = Pickle(source)
     entries = pickle.content if isinstance(pickle.content, dict) else {}
+    if "model_args" in entries:
+        raise ValueError(
+            f"{source} is a checkpoint of nanoGPT, which says more; leave --format out"
+        )
     keys = (key for key in _KEYS if isinstance(entries.get(key), dict))
     return pickle.tensors(next(keys, None))
 

@@ -20,7 +20,8 @@ import torch
 from .sources import StoredTensor, map_tensor
 
 _FOOTER_SIZE = 48
-_LARGEST_INDEX = 1 << 26  # that of GPT-2's largest release takes 16 thousand bytes
+_LARGEST_INDEX = 1 << 20  # that of GPT-2's largest release takes 16 thousand bytes
+_LONGEST_NAME = 512
 _MAGIC = 0xDB4775248B80FB57
 _CHUNK = 1 << 20  # fits a processor's cache, since google_crc32c takes nothing but copies
 # By the numbers of tensorflow/core/framework/types.proto.
@@ -80,7 +81,7 @@ def _read(
 def _index_bytes(path: Path) -> bytes:
     """The content of the index `path`."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise ValueError(f"{path} is missing, or is not a file")
     if (size := path.stat().st_size) > _LARGEST_INDEX:
         limit = f"the index of a GPT-2 is smaller than {_LARGEST_INDEX}"
         raise ValueError(f"{path} has {size} bytes; {limit}")
@@ -99,7 +100,11 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = data[-_FOOTER_SIZE:]
     _, position = _varint(footer, 0)  # the first handle is of another block
     _, position = _varint(footer, position)
-    for _, handle in _block(data, footer[position:]):
+    handles = [handle for _, handle in _block(data, footer[position:])]
+    sizes = (_varint(handle, _varint(handle, 0)[1])[0] for handle in handles)
+    if sum(sizes) > len(data):
+        raise ValueError("has blocks that lie in one another: it is damaged")
+    for handle in handles:
         yield from _block(data, handle)
 
 
@@ -122,6 +127,8 @@ def _block(data: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
         length, position = _varint(block, position)
         if shared > len(key) or position + unshared + length > end:
             raise IndexError
+        if shared + unshared > _LONGEST_NAME:
+            raise ValueError(f"has a name of {shared + unshared} bytes, over {_LONGEST_NAME}")
         key = key[:shared] + block[position : position + unshared]
         position += unshared + length
         yield key, block[position - length : position]

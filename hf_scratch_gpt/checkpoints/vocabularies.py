@@ -22,21 +22,29 @@ _VOCABULARIES = ["tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"]
 _VOCABULARIES += ["*.model", "*.spm", "*.tiktoken"]
 
 
-def take_vocabulary(source: GPT2Source, folder: Path) -> None:
-    """Give `source` the tokenizer in `folder`, or the files to copy in its place, if it has any.
+def take_vocabulary(source: GPT2Source, place: str) -> None:
+    """Give `source` the tokenizer at `place`, or the files to copy in its place.
+
+    Args:
+        place: a folder, or what `ScratchGPTTokenizer.from_pretrained` takes.
 
     Raises:
-        ValueError: a vocabulary of GPT-2's kind is damaged.
+        ValueError: there is none, or one of GPT-2's kind is damaged.
     """
+    folder = Path(place)
     if (folder / "meta.pkl").is_file():
         source.adopt(read_characters(folder / "meta.pkl"))
-        return
-    if files := other_vocabulary(folder):
-        source.tokenizer_files = files
+    elif files := other_vocabulary(folder):
+        source.tokenizer, source.tokenizer_files = None, files
         source.config.tokenizer_class = _stated_class(folder)
-    elif any(any(folder.glob(name)) for name in [*_VOCABULARIES, "encoder.json"]):
-        with told_as_error(folder):
-            source.adopt(ScratchGPTTokenizer.from_pretrained(folder))
+    else:
+        with told_as_error(place):
+            source.adopt(ScratchGPTTokenizer.from_pretrained(place))
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a vocabulary lies in `folder`."""
+    return any(any(folder.glob(name)) for name in _VOCABULARIES)
 
 
 def other_vocabulary(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ..messages import TOLD, one_line
 from .serve import serve
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def generate(
     import torch
     from transformers import set_seed
 
+    from ..checkpoints.saved import check_model
+    from ..checkpoints.sources import told_as_error
     from ..engine.swap import optimize_for_generation
     from ..training.setup import load_model, load_tokenizer
     from ..writing import write
@@ -91,6 +94,8 @@ def generate(
     sampling: dict[str, float | None] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     if temperature == 0:
         sampling = dict.fromkeys(sampling)
+    sampling["do_sample"] = temperature > 0
+    check_model(model)
     text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
     network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
     if torch.accelerator.is_available():
@@ -104,7 +109,8 @@ def generate(
             console.rule(f"{number + 1} of {samples}")
         set_seed(seed + number)
         show(text)
-        write(network, tokenizer, text, max_new_tokens, show, do_sample=temperature > 0, **sampling)
+        with told_as_error(model):  # what its configurations say of writing
+            write(network, tokenizer, text, max_new_tokens, show, **sampling)
         console.out("")
 
 
@@ -134,9 +140,11 @@ def train(
     """
     import torch.distributed
 
+    from ..checkpoints.saved import check_model
     from ..training import run, setup
     from .progress import TerminalProgress
 
+    check_model(model)
     place = next((i for i, source in enumerate(sources) if source.startswith("-")), len(sources))
     console = Console(highlight=False, markup=False)
     try:
@@ -213,7 +221,7 @@ def main() -> None:
     """Run the command line; an error of the user is one line and exit code 2."""
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
-        line = " ".join(str(error).split())
-        Console(stderr=True, markup=False, highlight=False).print(f"error: {line}", soft_wrap=True)
+    except TOLD as error:
+        line = f"error: {one_line(error)}"
+        Console(stderr=True, markup=False, highlight=False).print(line, soft_wrap=True)
         raise SystemExit(2) from None

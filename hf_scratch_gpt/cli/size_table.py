@@ -10,6 +10,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from .. import sizing
+from ..checkpoints.folders import check_texts, read_config
 from ..model.configuration_scratch_gpt import PRESET_ALIASES, PRESETS, ScratchGPTConfig
 
 Summary = dict[str, dict[str, float]]
@@ -45,6 +46,8 @@ def find_config(name: str) -> ScratchGPTConfig:
     source = str(folder) if folder.is_dir() else name
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
+    if folder.is_dir():
+        check_texts(folder)
     try:
         fields, _ = PretrainedConfig.get_config_dict(source)
     except OSError as error:
@@ -58,6 +61,8 @@ def find_config(name: str) -> ScratchGPTConfig:
         raise ValueError(
             f"{name} is a model of type {kind!r}; give one of type 'scratch_gpt' or 'gpt2'"
         )
+    if folder.is_dir():
+        return read_config(folder)
     try:
         return ScratchGPTConfig.from_pretrained(source)
     except StrictDataclassError as error:

@@ -17,6 +17,11 @@ from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 
+# Bounds of bytes, and of entries, for files that are read whole; 250 thousand tokens fit.
+_LARGEST_TEXT, _MOST_ENTRIES = 1 << 25, 1 << 20
+# Making a token by merges takes the square of its length; those of GPT-2 add up to 4 million.
+_MOST_SQUARES = 1 << 25
+
 
 def byte_to_unicode() -> dict[int, str]:
     """The printable character by which vocabulary files write each byte.
@@ -94,10 +99,12 @@ def read_vocabulary(
 
 def read_text(path: Path) -> str:
     """The text of a vocabulary file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, or is not a file")
+    if (size := path.stat().st_size) > _LARGEST_TEXT:
+        raise ValueError(f"{path} has {size} bytes, over {_LARGEST_TEXT}; is it the right file?")
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}; fetch it again") from None
 
@@ -112,6 +119,8 @@ def read_json(text: str, origin: str) -> Any:
             raise ValueError(f"{origin} has {twice!r} twice")
         return keys
 
+    if sum(map(text.count, ",[{")) > _MOST_ENTRIES:
+        raise ValueError(f"{origin} has over {_MOST_ENTRIES} entries; is it the right file?")
     try:
         content = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
@@ -119,8 +128,10 @@ def read_json(text: str, origin: str) -> Any:
             f"{origin} is not complete JSON at line {error.lineno}, column {error.colno} "
             f"({error.msg}); fetch it again"
         ) from None
-    except RecursionError:
-        raise ValueError(f"{origin} is nested too deeply; is it the right file?") from None
+    except (RecursionError, ValueError) as error:
+        if origin in str(error):
+            raise
+        raise ValueError(f"{origin} is nested too deeply, or has a number too long") from None
     if not isinstance(content, dict):
         raise ValueError(f"{origin} is not a JSON object; is it the right file?")
     return content
@@ -223,6 +234,11 @@ def parts_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes
 
 def check_ids(ids: dict[str, int], origin: str, added: Sequence[int] = ()) -> None:
     """Raise a ValueError unless the ids count from 0 on without a gap or a repetition."""
+    if (squares := sum(len(token) ** 2 for token in ids)) > _MOST_SQUARES:
+        raise ValueError(
+            f"{origin} has tokens too long to merge: the squares of their lengths add up to "
+            f"{squares}, over {_MOST_SQUARES}"
+        )
     by_id: dict[int, str] = {}
     for token, token_id in ids.items():
         if any(0xD800 <= ord(character) < 0xE000 for character in token):

@@ -13,7 +13,6 @@ from typing import Any, NoReturn, TypeAlias
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
@@ -103,7 +102,7 @@ def load_model(place: str | os.PathLike[str], dtype: Any = torch.float32) -> Pre
     """The model in a folder or of a hub id; a GPT-2 in transformers' format is converted."""
     place = os.fspath(place)
     with _loading("model", place):
-        is_gpt2 = AutoConfig.from_pretrained(place).model_type == "gpt2"
+        is_gpt2 = PretrainedConfig.get_config_dict(place)[0].get("model_type") == "gpt2"
         loader = ScratchGPTForCausalLM if is_gpt2 else AutoModelForCausalLM
         return loader.from_pretrained(place, dtype=dtype)
 
@@ -112,8 +111,10 @@ def load_model(place: str | os.PathLike[str], dtype: Any = torch.float32) -> Pre
 def _loading(what: str, place: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises no other class
         reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, (AttributeError, LookupError, TypeError)):  # in Python's own words
+            reason = "one of its files does not have the content that its reader expects"
         message = f"the {what} {os.fspath(place)!r} cannot be loaded: {reason}"
         raise ValueError(message) from None
 

@@ -103,7 +103,7 @@ def put(place, content):
         (lambda data: data[:500], r"does not begin like a checkpoint of llm\.c"),
         (put(4, 7), r"version 7; versions 3 and 5"),
         (put(16, -3), r"num_hidden_layers=-3"),
-        (put(16, 1 << 30), r"\S+model\.bin is too short for 1073741824 layers of width 16"),
+        (put(16, 1 << 30), r"\S+model\.bin says that it has 1073741824 layers, over 4096"),
         (put(12, 65), r"model\.bin says that 65 of 64 rows are tokens"),
         (put(20, 0), r"model\.bin: num_attention_heads=0 is below 1"),
         (put(2000, struct.pack("f", float("nan"))), r"wte\.weight holds NaN or infinity"),
@@ -206,18 +206,14 @@ def test_odd_arguments_of_nanogpt_are_refused(argument, value, tmp_path, capsys)
     assert_refused([str(tmp_path)], tmp_path / "out", r"\S+ckpt\.pt: \S+", capsys)
 
 
-# By us, or by torch from 2.14 on, which does not load it.
-SPARSE = r"(\S+scale holds \S+ torch\.sparse_coo|is not a file of tensors .*sparse)"
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (0, torch.ones(2), "0 is a Tensor; a state dict has tensors by name"),
+        (0, torch.ones(2), "0 is a view; a state dict has dense tensors by name"),
         ("final_norm.scale", 5, r"final_norm\.scale is a int"),
         ("trf_blocks.0.ff.layers.0.weight", torch.tensor(1.0), r"\S+ has shape \[\], and the conf"),
-        ("final_norm.scale", torch.ones(16).to_sparse(), SPARSE),
-        ("final_norm.scale", torch.ones(16, device="meta"), "final_norm.scale was saved from"),
+        ("final_norm.scale", torch.ones(16).to_sparse(), r"\S+scale is a \S+sparse_tensor"),
+        ("final_norm.scale", torch.ones(16, device="meta"), r"\S+scale is a \S+meta_tensor"),
         ("final_norm.scale", torch.ones(16).to(torch.float8_e4m3fn), r"\S+scale holds \S+float8"),
         ("final_norm.scale", torch.ones(16, dtype=torch.complex64), r"\S+scale holds \S+complex"),
         ("\x1b[2Jevil\nname", torch.ones(1), r"has tensors that GPT-2 has not: \\x1b\[2Jevil name"),
@@ -239,7 +235,10 @@ def test_archives_that_were_packed_anew(compression, tmp_path, capsys):
         for name in sorted(old.namelist()):
             new.writestr(name, old.read(name))
     if compression == zipfile.ZIP_DEFLATED:
-        arguments, message = [str(path), "--num-heads", "2"], r"\S+again\.pth: \S+ is compressed"
+        arguments, message = (
+            [str(path), "--num-heads", "2"],
+            r"\S+again\.pth \S.*data\S+ is compressed",
+        )
         assert_refused(arguments, tmp_path / "out", message, capsys)
     else:
         expected = partial(forward, weights, gelu="tanh")

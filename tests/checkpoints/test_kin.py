@@ -167,9 +167,10 @@ def test_a_file_in_the_folder_instead_of_the_folder(name, tmp_path):
 
 
 def test_files_of_a_release_instead_of_its_folder(openai_tiny, converted_tiny, tmp_path, capsys):
-    for name in ("hparams.json", "model.ckpt.index"):
-        assert main([str(openai_tiny / name), str(tmp_path / name)]) == 0
-        weights = [folder / "model.safetensors" for folder in (tmp_path / name, converted_tiny)]
+    for name in ("hparams.json", "checkpoint", "model.ckpt.index"):
+        out = tmp_path / f"out of {name}"
+        assert main([str(openai_tiny / name), str(out)]) == 0
+        weights = [folder / "model.safetensors" for folder in (out, converted_tiny)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
     # gpt-2-simple keeps its releases one folder deeper.
     shutil.copytree(openai_tiny, tmp_path / "checkpoint" / "run1")

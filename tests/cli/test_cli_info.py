@@ -86,11 +86,11 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, run):
     ("content", "message"),
     [
         (None, r"holds no config.json"),
-        (b'{"model_type": "gpt2", ', r"config.json' is not a valid JSON file"),
-        (b"\xff\xfe\x00", r"config.json' is not a valid JSON file"),
-        (b"[]", r"type None; give one of type 'scratch_gpt' or 'gpt2'"),
+        (b'{"model_type": "gpt2", ', r"config.json is not complete JSON"),
+        (b"\xff\xfe\x00", r"config.json is not UTF-8"),
+        (b"[]", r"config.json is not a JSON object"),
         (b'{"model_type": "bert"}', r"type 'bert'; give"),
-        (b'{"model_type": "gpt2", "n_embd": "wide"}', r"not valid.*'hidden_size' expected int"),
+        (b'{"model_type": "gpt2", "n_embd": "wide"}', r"config.json.*'hidden_size' expected int"),
         (b'{"model_type": "gpt2", "n_embd": 10, "n_head": 3}', r"hidden_size=10"),
     ],
 )

@@ -1,0 +1,21 @@
+"""What a command tells of an error: one short line, whatever names and texts files have put in."""
+
+from huggingface_hub.errors import StrictDataclassError
+
+# What is told; anything else is a mistake of ours, and shows where it happened.
+TOLD = (OSError, ValueError, RuntimeError, MemoryError, ImportError, StrictDataclassError)
+_BEGIN, _END = 800, 400  # characters to show of a long message
+
+
+def printable(text: str) -> str:
+    """`text` with what would steer a terminal written as escapes."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What `error` says, in one line; the middle of a long one is left out."""
+    text = str(error) or type(error).__name__
+    whole = len(text) <= 2 * _BEGIN
+    parts = [text] if whole else [text[:_BEGIN], text[-_BEGIN:]]
+    line = " ... ".join(printable(" ".join(part.split())) for part in parts)
+    return line if len(line) <= _BEGIN + _END else f"{line[:_BEGIN]} ... {line[-_END:]}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from .evaluate import evaluate
 from .size_table import find_config, show, summarize
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes would not leave the help of `train` on one screen
 )
+
+app.command("eval")(evaluate)
 
 
 @app.callback()

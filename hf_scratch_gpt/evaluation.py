@@ -106,8 +106,9 @@ def evaluate(
             on_progress(size)
     if not scored_tokens:
         raise ValueError(
-            f"nothing can be scored: no text has 2 tokens, and all of them {reader.tokens}; give "
-            "longer texts"
+            f"nothing can be scored: the tokenizer makes {reader.tokens} tokens of "
+            f"{reader.bytes:,} bytes; give longer texts, or a model that is saved with its "
+            "vocabulary"
         )
     if not math.isfinite(nats):
         raise ValueError(f"the loss is {nats}; the model has weights that are NaN or too large")

@@ -97,7 +97,7 @@ def test_texts_are_scored_by_themselves_and_in_pieces(gpt2, model, tiny_tokenize
         (TEXT, (1, None), "window of 1 tokens"),
         (TEXT, (16, 17), "stride of 17 tokens is not between 1 and the window's 16"),
         (TEXT, (16, 0), "stride of 0 tokens"),
-        ("!", (None, None), "nothing can be scored: no text has 2 tokens, and all of them 1"),
+        ("!", (None, None), "nothing can be scored: the tokenizer makes 1 tokens of 1 bytes"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(text, sizes, message, model, tiny_tokenizer):

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from .evaluate import evaluate
+from .inspect_model import inspect
 from .size_table import find_config, show, summarize
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 
 app.command("eval")(evaluate)
+app.command()(inspect)
 
 
 @app.callback()

@@ -43,7 +43,7 @@ def evaluate(
 
     sources = find(texts)
     with without_progress_bars():
-        network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
+        tokenizer, network = load_tokenizer(None, model), load_model(model, dtype="auto")
     if torch.accelerator.is_available():
         network.to(torch.accelerator.current_accelerator())
     pieces = (piece for source in sources for piece in read(source, text_field))

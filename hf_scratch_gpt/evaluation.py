@@ -54,12 +54,6 @@ class Evaluation:
         return self.tokens / self.bytes * self.nats_per_token / math.log(2)
 
 
-def window_of(config: PretrainedConfig) -> int:
-    """The window for a model of this configuration: its positions, at most `LONGEST_WINDOW`."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(positions or LONGEST_WINDOW, LONGEST_WINDOW)
-
-
 @torch.inference_mode()
 def evaluate(
     model: PreTrainedModel,
@@ -81,7 +75,8 @@ def evaluate(
         tokenizer: its tokenizer.
         pieces: texts in parts that fit in memory, as `training.texts.read` gives them: a part,
             whether its text ends there, and the bytes read for it.
-        window: tokens that the model sees at once; those of `window_of` if not given.
+        window: tokens that the model sees at once; its positions, at most `LONGEST_WINDOW`, if not
+            given.
         stride: tokens by which the window moves; half the window if not given. Shorter ones give
             each token more context, and take longer.
         on_progress: called with the bytes of each window that is done.
@@ -90,9 +85,7 @@ def evaluate(
         ValueError: `window` or `stride` is out of range, no token can be scored, or the loss is not
             finite.
     """
-    window = window_of(model.config) if window is None else window
-    stride = max(1, window // 2) if stride is None else stride
-    _check_sizes(model.config, window, stride)
+    window, stride = _sizes(model.config, window, stride)
     model.eval()
     started, reader = time.perf_counter(), _Reader(tokenizer, window, stride)
     nats, scored_tokens = 0.0, 0
@@ -124,8 +117,11 @@ def evaluate(
     )
 
 
-def _check_sizes(config: PretrainedConfig, window: int, stride: int) -> None:
+def _sizes(config: PretrainedConfig, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Window and stride, checked, by default as long as `evaluate` says."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    window = int(min(positions, LONGEST_WINDOW)) if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
     if not 2 <= window <= positions:
         raise ValueError(
             f"a window of {window} tokens is not between 2 and the model's {positions} positions; "
@@ -136,6 +132,7 @@ def _check_sizes(config: PretrainedConfig, window: int, stride: int) -> None:
             f"a stride of {stride} tokens is not between 1 and the window's {window}; choose "
             "another"
         )
+    return window, stride
 
 
 class _Reader:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,11 @@ def _blocks(
     )
     for child_name, child in sorted(module.named_children(), key=lambda c: _place(c[1], shapes)):
         if isinstance(child, nn.ModuleList):
-            yield from _row_of_blocks(child, child_name, depth + 1, shapes, seen)
+            parts = [
+                list(_blocks(part, f"{child_name}.{number}", depth + 1, shapes, seen))
+                for number, part in enumerate(child)
+            ]
+            yield from _folded(parts)
         elif not isinstance(child, nn.Dropout):  # which does nothing outside of training
             yield from _blocks(child, child_name, depth + 1, shapes, seen)
     seen.update(parameters)
@@ -193,33 +198,20 @@ def _place(module: nn.Module, shapes: Shapes) -> int:
     return max(called.get(part, -1) for part in module.modules())
 
 
-def _row_of_blocks(
-    modules: nn.ModuleList, name: str, depth: int, shapes: Shapes, seen: set[nn.Parameter]
-) -> Iterator[Block]:
-    """Each of `modules` with what it holds; a run that is like its first is one block."""
-    first: list[Block] = []
-    run: list[Block] = []
-    for number, module in enumerate(modules):
-        blocks = list(_blocks(module, f"{name}.{number}", depth, shapes, seen))
-        if first and [replace(blocks[0], name=first[0].name), *blocks[1:]] == first:
-            run.append(blocks[0])
-            continue
-        yield from _joined(run)
-        first, run = blocks, []
-        yield from blocks
-    yield from _joined(run)
-
-
-def _joined(run: list[Block]) -> Iterator[Block]:
-    """One block for several that are alike, with their parameters together."""
-    if run:
-        last = f"-{run[-1].name.rpartition('.')[2]}" if run[1:] else ""
-        yield replace(
-            run[0],
-            name=f"{run[0].name}{last}, alike",
-            parameters=sum(block.parameters for block in run),
-            storage=sum(block.storage for block in run),
-        )
+def _folded(parts: list[list[Block]]) -> Iterator[Block]:
+    """Parts, each with what it holds; those that are like the one before are one block together."""
+    for _, alike in groupby(parts, key=lambda part: [replace(part[0], name=""), *part[1:]]):
+        first, *others = alike
+        yield from first
+        if others:
+            blocks = [part[0] for part in others]
+            last = f"-{blocks[-1].name.rpartition('.')[2]}" if blocks[1:] else ""
+            yield replace(
+                blocks[0],
+                name=f"{blocks[0].name}{last}, alike",
+                parameters=sum(block.parameters for block in blocks),
+                storage=sum(block.storage for block in blocks),
+            )
 
 
 def write_page(inspection: Inspection, path: Path) -> None:

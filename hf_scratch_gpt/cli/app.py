@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from ..messages import TOLD, one_line
+from .evaluate import evaluate
+from .inspect_model import inspect
 from .serve import serve
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes would not leave the help of `train` on one screen
 )
+
+app.command("eval")(evaluate)
+app.command()(inspect)
 
 
 @app.callback()

@@ -61,7 +61,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
             f"the tokenizer of {tokenizer.name_or_path!r} has no vocabulary; give one with "
             "tokenizer.json, or vocab.json and merges.txt"
         )
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
     if not ids.shape[1]:
         raise ValueError(
             f"the prompt {prompt!r} has 0 tokens; give at least one character, or the "

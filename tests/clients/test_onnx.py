@@ -56,9 +56,9 @@ def test_logits_of_an_export_are_those_of_gpt2(
     read = mask.bool().numpy()
     distance = np.abs(logits[read] - expected.numpy()[read]).max()
     assert distance < 1e-4
-    which = "torch.export" if dynamo else "the older"
+    which = "torch.export" if dynamo else "the older exporter"
     record(
         "onnxruntime",
-        f"logits of an export by {which} exporter, mask of {str(dtype).removeprefix('torch.')}",
+        f"logits of an export by {which}, mask of {str(dtype).removeprefix('torch.')}",
         f"within {distance:.0e} of GPT-2's",
     )

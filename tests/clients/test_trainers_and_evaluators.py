@@ -28,7 +28,9 @@ def test_lm_eval(pair, tiny_tokenizer, record, logged_warnings):
     for model in pair:
         measured = HFLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=2, device="cpu")
         scores = [score for score, _ in measured.loglikelihood(asked)]
-        found.append(torch.tensor([*scores, *measured.loglikelihood_rolling(rolling)]).double())
+        found.append(
+            torch.tensor([*scores, *measured.loglikelihood_rolling(rolling)], dtype=torch.float64)
+        )
     far = (found[0] / found[1] - 1).abs().max().item()
     assert far < 1e-5
     record(

@@ -1,5 +1,7 @@
 """One GPT-2 in transformers' format, the same weights as a model of ours, and their reference."""
 
+import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,23 @@ def greedy(gpt2_with_tokenizer, tiny_tokenizer):
         return tiny_tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def record():
+    """Note what a client was compared by: a row of the table in the file WORKS_WITH names."""
+    rows: dict[tuple[str, str], str] = {}
+
+    def note(package: str, compared: str, figure: str) -> None:
+        rows[package, compared] = f"| {package} | {version(package)} | {compared} | {figure} |"
+
+    yield note
+    if place := os.environ.get("WORKS_WITH"):
+        lines = Path(place).read_text().splitlines()
+        first = lines.index("| --- | --- | --- | --- |") + 1
+        after = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), None)
+        for line in lines[first:after]:
+            package, _, compared, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            rows.setdefault((package, compared), line)
+        lines[first:after] = [rows[key] for key in sorted(rows)]
+        Path(place).write_text("\n".join(lines) + "\n")

@@ -62,12 +62,15 @@ def complete(client, prompt, tokens=8, **others):
     return client.completions.create(model=client.model, prompt=prompt, **others)
 
 
-def test_completions_are_those_of_gpt2(client, greedy, logged_warnings):
+def test_completions_are_those_of_gpt2(client, greedy, record, logged_warnings):
     for prompt in PROMPTS:
         answer = complete(client, prompt)
         assert answer.choices[0].text == greedy(prompt, 8)
         assert answer.choices[0].finish_reason == "length"
         assert answer.usage.completion_tokens == 8
+    way = "by continuous batching" if client.at_once > 1 else "one after another"
+    same = f"{len(PROMPTS)} of {len(PROMPTS)} equal"
+    record("openai", f"`hf-scratch-gpt serve`, {way}: texts of greedy search, with GPT-2's", same)
 
 
 def test_streams(client, greedy, logged_warnings):

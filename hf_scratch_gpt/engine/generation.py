@@ -58,11 +58,7 @@ class FastGeneration(GenerationMixin):
             return super().generate(inputs, *args, **kwargs)
         if model.device.type != "cpu":
             args, kwargs = _with_static_cache(model, args, kwargs)
-        elif (
-            (ids is None or len(ids) == 1)
-            and not torch.is_autocast_enabled("cpu")
-            and can_compute(model)
-        ):
+        elif (ids is None or len(ids) == 1) and can_compute(model):
             # The loop has the streamer to itself, as it may turn out not to suit.
             loop = functools.partial(_write, streamer=kwargs.get("streamer"))
             given = kwargs | {"streamer": None, "custom_generate": loop}
@@ -152,6 +148,7 @@ def _suits(
     return (
         generation_config.get_generation_mode() in modes
         and not generation_config.return_dict_in_generate
+        and not torch.is_autocast_enabled("cpu")
         and input_ids.is_cpu
         and len(input_ids) == 1
         and type(cache) is DynamicCache

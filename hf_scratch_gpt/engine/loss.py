@@ -82,7 +82,7 @@ class _LossOfPieces(torch.autograd.Function):
                 elif grad_weight is not None:
                     grad_weight += slopes.T @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtype = weight.dtype
         return (total * share).float()
 
     @staticmethod
@@ -90,12 +90,6 @@ class _LossOfPieces(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients that `forward` has computed, times that of the loss, a number."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_loss != 1:
-            grad_hidden = grad_hidden * grad_loss
-            grad_weight = None if grad_weight is None else grad_weight * grad_loss
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        if grad_weight is not None:
+            grad_weight = (grad_weight if grad_loss == 1 else grad_weight * grad_loss).to(ctx.dtype)
+        return grad_hidden * grad_loss, grad_weight, None, None

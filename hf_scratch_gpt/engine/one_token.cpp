@@ -57,12 +57,27 @@ void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>
     y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
 }
 
+// e to the power of x, to the last digit but one, for several x at once unlike std::exp: 2 to the
+// power of a whole number, times Taylor's polynomial of what is left.
+inline float exponential(float x) {
+  x = std::min(std::max(x, -87.0f), 88.0f);
+  const float whole = std::nearbyint(x * 1.44269504f);                     // 1 / ln 2
+  const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
+  float sum = 1 / 720.0f;
+  for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f})
+    sum = sum * rest + factor;
+  const int32_t bits = (int32_t(x == x ? whole : 0) + 127) * (1 << 23);  // of a NaN comes a NaN
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return sum * power;
+}
+
 void gelu(std::vector<float>& x, bool tanh) {
   const int64_t count = x.size();
   if (tanh) {
     // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), and u = sqrt(2 / pi) (x + 0.044715 x^3)
     for (int64_t i = 0; i < count; i++)
-      x[i] /= 1 + std::exp(-1.5957691f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+      x[i] /= 1 + exponential(-1.5957691f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
   } else {
     for (int64_t i = 0; i < count; i++) x[i] *= 0.5f * (1 + std::erf(x[i] * 0.70710678f));
   }
@@ -79,7 +94,7 @@ void attend(const float* query, const T* keys, const T* values, int64_t tokens, 
   const float largest = *std::max_element(weights.begin(), weights.begin() + tokens);
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t s = 0; s < tokens; s++) sum += weights[s] = std::exp(weights[s] - largest);
+  for (int64_t s = 0; s < tokens; s++) sum += weights[s] = exponential(weights[s] - largest);
   std::fill(gathered, gathered + size, 0.0f);
   for (int64_t s = 0; s < tokens; s++) {
     const float weight = weights[s] / sum;

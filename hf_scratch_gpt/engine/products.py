@@ -2,6 +2,7 @@
 
 import ctypes
 import time
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -71,11 +72,8 @@ def fastest_way(layers: list[nn.Linear]) -> int:
 
     All are tried here and now, on as many of the layers as no cache holds.
     """
-    tried, size = [], 0
-    for layer in layers:
-        if size < _ENOUGH:
-            tried.append(layer)
-            size += layer.weight.nbytes
+    sizes = accumulate((layer.weight.nbytes for layer in layers), initial=0)
+    tried = [layer for layer, size in zip(layers, sizes, strict=False) if size < _ENOUGH]
     seconds = [
         [sum(multiply_seconds(layer, way) for layer in tried) for way in WAYS]
         for _ in range(_TRIALS)

@@ -216,14 +216,10 @@ class _Faster(type):
     """The class of what `_before_class` makes, so that pickle can make it anew."""
 
 
-def _made_of(kind: type) -> tuple[Any, ...]:
-    return _before_class, kind.__bases__
-
-
 _made: dict[tuple[type, ...], type] = {}
 
 
-def _before_class(faster: type, kind: type) -> type:
+def _before_class(faster: type, kind: type) -> Any:
     """`faster` before `kind`, under the name of `kind`: it is saved, and tools look for it."""
     members = {"__module__": kind.__module__, "replaced_class": kind}
     if (faster, kind) not in _made:
@@ -231,7 +227,7 @@ def _before_class(faster: type, kind: type) -> type:
     return _made[faster, kind]
 
 
-copyreg.pickle(_Faster, _made_of)
+copyreg.pickle(_Faster, lambda kind: (_before_class, kind.__bases__))
 
 
 def _quantize(model: PreTrainedModel, weights: str) -> None:

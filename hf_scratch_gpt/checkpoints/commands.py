@@ -20,9 +20,11 @@ from .state_dicts import ACTIVATIONS
 from .verify import verify
 
 
-def convert_command(arguments: list[str] | None = None) -> int:
+def convert_command(
+    arguments: list[str] | None = None, name: str = "python -m conversion.convert_gpt2"
+) -> int:
     """Convert a GPT-2 of any format to a saved model; return the exit code."""
-    parser = _parser("convert_gpt2", "Convert a GPT-2 of any format to a saved model.")
+    parser = _parser(name, "Convert a GPT-2 of any format to a saved model.")
     _add_source(parser)
     _add_out(parser)
     dtypes = ("float32", "bfloat16", "float16")
@@ -40,9 +42,11 @@ def _convert(options: argparse.Namespace) -> list[str]:
     return convert(_open(options), out, dtype, size, check, options.overwrite)
 
 
-def export_command(arguments: list[str] | None = None) -> int:
+def export_command(
+    arguments: list[str] | None = None, name: str = "python -m conversion.export_gpt2"
+) -> int:
     """Save a model in transformers' GPT-2 format; return the exit code."""
-    parser = _parser("export_gpt2", "Save a model as GPT-2, which loads without this package.")
+    parser = _parser(name, "Save a model as GPT-2, which loads without this package.")
     parser.add_argument("source", help="folder of a saved model")
     _add_out(parser)
     return _run(_export, parser.parse_args(arguments))
@@ -53,9 +57,11 @@ def _export(options: argparse.Namespace) -> list[str]:
     return export(Path(options.source), out, options.overwrite)
 
 
-def verify_command(arguments: list[str] | None = None) -> int:
+def verify_command(
+    arguments: list[str] | None = None, name: str = "python -m conversion.verify"
+) -> int:
     """Compare a saved model with the GPT-2 that it was made of; return the exit code."""
-    parser = _parser("verify", "Compare a saved model's logits with those of transformers' GPT-2.")
+    parser = _parser(name, "Compare a saved model's logits with those of transformers' GPT-2.")
     _add_source(parser)
     parser.add_argument("out", help="the saved model")
     return _run(_verify, parser.parse_args(arguments))
@@ -67,8 +73,8 @@ def _verify(options: argparse.Namespace) -> list[str]:
     return [verify(source, Path(options.out))]
 
 
-def _parser(script: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(f"python -m conversion.{script}", description=description)
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(name, description=description)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

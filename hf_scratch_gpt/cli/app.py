@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..messages import TOLD, one_line
+from .conversion import PASS_ON, convert, export, verify
 from .evaluate import evaluate
 from .inspect_model import inspect
 from .serve import serve
@@ -27,11 +29,28 @@ app = typer.Typer(
 
 app.command("eval")(evaluate)
 app.command()(inspect)
+for command in (convert, export, verify):
+    app.command(context_settings=PASS_ON)(command)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(metadata.version("hf_scratch_gpt"))
+        raise typer.Exit
 
 
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Show the version, and exit."
+        ),
+    ] = False,
+) -> None:
     """A GPT written from scratch that works with Hugging Face transformers as its own models do."""
+    if not sys.stderr.isatty():  # transformers would write its bars into a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @app.command()
@@ -51,9 +70,10 @@ def info(
     length: Annotated[int | None, typer.Option(help="Tokens of a text, if not all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain numbers as JSON.")] = False,
 ) -> None:
-    """Show parameters, storage, cache, FLOPs, and memory and time to train.
+    """Show sizes and costs of models.
 
-    Several names stand side by side. Only configurations are read.
+    Parameters, storage, cache, FLOPs, and memory and time to train. Several names stand side by
+    side. Only configurations are read.
     """
     from .size_table import find_config, show, summarize
 
@@ -199,7 +219,10 @@ def _end_of(result: "TrainingResult") -> str:
 def clear_cache(
     folder: Annotated[Path | None, typer.Argument(help="Where they are, if elsewhere.")] = None,
 ) -> None:
-    """Remove the token ids that `train` has kept for trainings on the same texts."""
+    """Remove the token ids that `train` has kept.
+
+    They serve trainings on the same texts.
+    """
     from ..training import corpus
 
     removed = corpus.clear_cache(folder)
@@ -210,9 +233,10 @@ def clear_cache(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
 ) -> None:
-    """Train a small GPT on Python's own manual in two minutes, and let it write.
+    """Train a small GPT in two minutes, and let it write.
 
-    No network is needed. The model is saved, and loaded again to write.
+    It learns from Python's own manual, without a network. The model is saved, and loaded again to
+    write.
     """
     from .demo import run_demo
 

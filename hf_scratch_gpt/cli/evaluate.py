@@ -33,7 +33,10 @@ def evaluate(
     text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print plain numbers as JSON.")] = False,
 ) -> None:
-    """Measure a model's perplexity on texts, by a sliding window, and its bits per byte."""
+    """Measure a model's perplexity on texts.
+
+    A window slides over each text; bits per byte and the time are measured as well.
+    """
     import torch
 
     from ..evaluation import evaluate as measure

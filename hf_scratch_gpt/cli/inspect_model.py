@@ -25,7 +25,11 @@ def inspect(
         Path | None, typer.Option(help="Write a page with the attention of each head, too.")
     ] = None,
 ) -> None:
-    """Show what happens to a text: tokens, blocks, shapes, and what the model expects next."""
+    """Show what happens to a text in a model.
+
+    Its tokens, the blocks that it passes, its shape before and after each, and the likeliest next
+    tokens.
+    """
     from ..files import without_progress_bars
     from ..inspection import inspect as look
     from ..inspection import write_page

@@ -15,10 +15,11 @@ def serve(
     fast: Annotated[bool, typer.Option("--fast", help="Compile first, to write faster.")] = False,
     weights: Annotated[str | None, typer.Option(help="With --fast: int8, int4 or fp8.")] = None,
 ) -> None:
-    """Serve a model by transformers' own server, to clients of OpenAI's API.
+    """Serve a model to clients of OpenAI's API.
 
-    Completions are at /v1/completions, chat at /v1/chat/completions. A request that does not say
-    how many tokens it wants gets as many as fit; one that goes past the last position is refused.
+    The server is transformers' own. Completions are at /v1/completions, chat at
+    /v1/chat/completions. A request that does not say how many tokens it wants gets as many as
+    fit; one that goes past the last position is refused.
     """
     from transformers.utils.import_utils import is_serve_available
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+import hf_scratch_gpt
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from hf_scratch_gpt.cli import demo
 
@@ -127,3 +128,23 @@ def test_bigram_loss_is_that_of_its_formula():
         p = [(count + m * frequency[b]) / (followed + m) for count, followed, b in pairs]
         losses.append(-sum(np.log(p)) / 3)
     assert demo.bigram_loss(training, validation, 3) == pytest.approx(min(losses), abs=1e-12)
+
+
+def test_convert_verify_and_export_are_commands_too(openai_tiny, tmp_path, run):
+    out, gpt2 = tmp_path / "out", tmp_path / "gpt2"
+    code, printed, _ = run("convert", openai_tiny, out, "--dtype", "float32")
+    assert code == 0 and "logits differ by" in printed
+    assert run("verify", openai_tiny, out)[0] == run("export", out, gpt2)[0] == 0
+    ids = torch.arange(10)[None]
+    ours, theirs = ScratchGPTForCausalLM, GPT2LMHeadModel
+    logits = [kind.from_pretrained(at)(ids).logits for kind, at in ((ours, out), (theirs, gpt2))]
+    torch.testing.assert_close(*logits)
+    code, _, error = run("convert", openai_tiny, out)
+    assert code == 1 and "pass --overwrite" in error
+    code, printed, _ = run("convert", "--help")
+    assert code == 0 and "--activation" in printed
+    assert run("convert")[0] == 2
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"{hf_scratch_gpt.__version__}\n")

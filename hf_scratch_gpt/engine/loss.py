@@ -1,7 +1,7 @@
 """The language model's loss in pieces, on a CPU, with its gradients computed along with it.
 
-A training step of 1,024 tokens takes 13.9 s of a processor's time, where torch's public
-`linear_cross_entropy` lets it take 16.8 s.
+It takes 4.3 s of a processor's time for 1,024 tokens of GPT-2's, where torch's public
+`linear_cross_entropy` takes 6.2: more than a tenth of a training step.
 """
 
 # B batch, T tokens, N tokens that count, C hidden, V vocabulary
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .half import autocast_dtype, is_ordinary, multiplied_as, multiply
 
-_PIECE = 2**24  # logits that are in memory at a time
+_PIECE = 2**23  # logits that are in memory at a time
 
 
 class LossInPieces(nn.Module):

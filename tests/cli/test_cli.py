@@ -133,16 +133,19 @@ def test_bigram_loss_is_that_of_its_formula():
 def test_convert_verify_and_export_are_commands_too(openai_tiny, tmp_path, run):
     out, gpt2 = tmp_path / "out", tmp_path / "gpt2"
     code, printed, _ = run("convert", openai_tiny, out, "--dtype", "float32")
-    assert code == 0 and "logits differ by" in printed
+    assert code == 0
+    assert "logits differ by" in printed
     assert run("verify", openai_tiny, out)[0] == run("export", out, gpt2)[0] == 0
     ids = torch.arange(10)[None]
     ours, theirs = ScratchGPTForCausalLM, GPT2LMHeadModel
     logits = [kind.from_pretrained(at)(ids).logits for kind, at in ((ours, out), (theirs, gpt2))]
     torch.testing.assert_close(*logits)
     code, _, error = run("convert", openai_tiny, out)
-    assert code == 1 and "pass --overwrite" in error
+    assert code == 1
+    assert "pass --overwrite" in error
     code, printed, _ = run("convert", "--help")
-    assert code == 0 and "--activation" in printed
+    assert code == 0
+    assert "--activation" in printed
     assert run("convert")[0] == 2
 
 

@@ -62,7 +62,8 @@ def check_model(source: str) -> None:
     numbers = sum(prod(tensor.shape) for tensor in stored)
     with told_as_error(path):
         asked = sum(map(prod, shapes_of(config, len(stored)).values()))
-    if asked > 8 * numbers:  # a byte may hold several, of a few bits each
+    is_packed = not all(tensor.dtype.is_floating_point for tensor in stored)
+    if asked > numbers * (8 if is_packed else 1):  # a byte may hold several, of a few bits each
         raise ValueError(f"{path} describes {asked} parameters, and there are {numbers} numbers")
 
 

@@ -24,7 +24,6 @@ def test_it_imports_neither_torch_nor_transformers() -> None:
     [
         "import hf_scratch_gpt; from transformers import AutoConfig",
         "from transformers import AutoConfig; import hf_scratch_gpt",
-        "from hf_scratch_gpt import ScratchGPTTokenizer; from transformers import AutoConfig",
         "from hf_scratch_gpt.model.modeling_scratch_gpt import ScratchGPTModel; "
         "from transformers import AutoConfig",
     ],

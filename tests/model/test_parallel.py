@@ -11,7 +11,7 @@ from hf_scratch_gpt import ScratchGPTForCausalLM
 
 from ..models import random_ids, random_model
 
-TIED = [True, pytest.param(False, marks=pytest.mark.long)]
+TIED = [True, False]
 
 
 @pytest.fixture(scope="module", params=TIED, ids=["tied", "untied"])
@@ -37,14 +37,8 @@ def expected(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "tp",
-        pytest.param("pp", marks=pytest.mark.long),
-        pytest.param("fsdp", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tp", "pp", "fsdp"])
 def test_two_processes_agree_with_one(kind, expected):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run = subprocess.run(

@@ -164,6 +164,7 @@ def test_surrogates_have_a_defined_result(pair, text, read_as):
     assert ours.decode(ours(text).input_ids) == read_as
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("repeated", ["a", "ab", " ", "\n", "\x00"], ids=repr)
 def test_a_million_characters_without_a_break(pair, repeated, logged_warnings):
     ours, fast = pair

@@ -285,8 +285,13 @@ def convert(path: Path, out: Path) -> bytes:
     return (out / "model.safetensors").read_bytes()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("group", range(GROUPS))
+# A third of them in the long run; `pytest -m "long or fuzz"` takes all.
+MARKS = [pytest.mark.long if group % 3 == 0 else pytest.mark.fuzz for group in range(GROUPS)]
+
+
+@pytest.mark.parametrize(
+    "group", [pytest.param(group, marks=mark) for group, mark in enumerate(MARKS)]
+)
 def test_spoilt_files(group, sources, worker, tmp_path):
     faults = []
     for seed in range(group, CASES, GROUPS):

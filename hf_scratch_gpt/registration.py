@@ -40,10 +40,9 @@ def register() -> None:
         host.AutoModelForQuestionAnswering: models.ScratchGPTForQuestionAnswering,
     }.items():
         auto_class.register(ScratchGPTConfig, model_class, exist_ok=True)
-        # `import transformers` may give a module that it has replaced since.
-        setattr(sys.modules["transformers"], model_class.__name__, model_class)
-    setattr(sys.modules["transformers"], ScratchGPTConfig.__name__, ScratchGPTConfig)
-    setattr(sys.modules["transformers"], ScratchGPTTokenizer.__name__, ScratchGPTTokenizer)
+        setattr(host, model_class.__name__, model_class)
+    setattr(host, ScratchGPTConfig.__name__, ScratchGPTConfig)
+    setattr(host, ScratchGPTTokenizer.__name__, ScratchGPTTokenizer)
     # When a model is loaded, as it takes transformers 45 ms to make its table ready.
     models.ScratchGPTPreTrainedModel.register_rules = staticmethod(register_gpt2_rules)
 

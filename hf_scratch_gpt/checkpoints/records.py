@@ -91,6 +91,7 @@ class _Machine:
         self.memo: dict[Any, Any] = {}
 
     def run(self, file: IO[bytes]) -> Any:
+        """What the program in `file` leaves on the stack."""
         for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             name = opcode.name
             if step > _MOST_STEPS:

@@ -107,26 +107,18 @@ def generate(
 
     Where its window is full, the model goes on from the last half of it.
     """
-    import torch
     from transformers import set_seed
 
-    from ..checkpoints.saved import check_model
     from ..checkpoints.sources import told_as_error
-    from ..engine.swap import optimize_for_generation
-    from ..training.setup import load_model, load_tokenizer
     from ..writing import write
+    from .models import load
 
     sampling: dict[str, float | None] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     if temperature == 0:
         sampling = dict.fromkeys(sampling)
     sampling["do_sample"] = temperature > 0
-    check_model(model)
     text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
-    network, tokenizer = load_model(model, dtype="auto"), load_tokenizer(None, model)
-    if torch.accelerator.is_available():
-        network.to(torch.accelerator.current_accelerator())
-    if fast or weights:
-        optimize_for_generation(network, weights)
+    network, tokenizer = load(model, fast, weights)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     show = partial(console.out, end="", highlight=False)
     for number in range(samples):

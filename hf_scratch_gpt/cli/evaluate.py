@@ -37,18 +37,12 @@ def evaluate(
 
     A window slides over each text; bits per byte and the time are measured as well.
     """
-    import torch
-
     from ..evaluation import evaluate as measure
-    from ..files import without_progress_bars
-    from ..training.setup import load_model, load_tokenizer
     from ..training.texts import find, read, size_of
+    from .models import load
 
     sources = find(texts)
-    with without_progress_bars():
-        tokenizer, network = load_tokenizer(None, model), load_model(model, dtype="auto")
-    if torch.accelerator.is_available():
-        network.to(torch.accelerator.current_accelerator())
+    network, tokenizer = load(model)
     pieces = (piece for source in sources for piece in read(source, text_field))
     with _progress() as progress:
         task = progress.add_task("evaluating", total=sum(map(size_of, sources)))

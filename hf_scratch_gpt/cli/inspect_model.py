@@ -30,17 +30,15 @@ def inspect(
     Its tokens, the blocks that it passes, its shape before and after each, and the likeliest next
     tokens.
     """
-    from ..files import without_progress_bars
     from ..inspection import inspect as look
     from ..inspection import write_page
-    from ..training.setup import load_model, load_tokenizer
+    from .models import load
 
     if top < 1:
         raise ValueError(f"--top {top} is below 1; ask for at least one token")
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise ValueError(f"--html {html} is not a file in a folder that exists; give another")
-    with without_progress_bars():
-        tokenizer, network = load_tokenizer(None, model), load_model(model, dtype="auto")
+    network, tokenizer = load(model)
     seen = look(network, tokenizer, text, top)
     if html is not None:
         write_page(seen, html)

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -17,8 +16,7 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState
 
-from ..engine.swap import optimize_for_generation
-from ..training.setup import load_model, load_tokenizer
+from .models import load
 
 # The server's default of max_new_tokens is the model's own, but 1,024 if that is less.
 _AS_MANY_AS_FIT = sys.maxsize
@@ -38,8 +36,7 @@ def build_app(
     Args:
         model: folder or Hub id of a model of ours, or of a GPT-2, which is converted.
         at_once: texts written together, by continuous batching; 1 writes one after another.
-        fast: optimize the model for generation.
-        weights: format of the weights then, see `optimize_for_generation`.
+        fast, weights: see `models.load`.
     """
     manager = _OneModel(model, fast, weights)
     network, _ = manager.load_model_and_processor(manager.process_model_name(model))
@@ -75,13 +72,10 @@ class _OneModel(ModelManager):
         self.generation: GenerationState | None = None
 
     def load_model_and_processor(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The model and its tokenizer, loaded once; a `name` of another is refused."""
         place = self.force_model
         if name == self.process_model_name(place) and name not in self.loaded_models:
-            model, tokenizer = load_model(place, dtype="auto"), load_tokenizer(None, place)
-            if torch.accelerator.is_available():
-                model.to(torch.accelerator.current_accelerator())
-            if self.fast:
-                optimize_for_generation(model, self.weights)
+            model, tokenizer = load(place, self.fast, self.weights)
             model.generation_config.max_new_tokens = _AS_MANY_AS_FIT
             self.loaded_models[name] = TimedModel(
                 model, -1, tokenizer, on_unload=lambda: self.loaded_models.pop(name, None)

@@ -409,11 +409,6 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         )
 
 
-# The heads take their `forward` from transformers. Their `__init__` there builds the base model
-# through AutoModel, which does not know this class where the code was loaded from a model's own
-# folder.
-
-
 def _names_token_type_ids(head: Any) -> Any:
     """Let `head.forward` name an argument that it hands on: Trainer drops the column otherwise."""
     inherited = head.forward
@@ -428,6 +423,11 @@ def _names_token_type_ids(head: Any) -> Any:
     forward.__signature__ = signature.replace(parameters=[*others, named, last])  # type: ignore
     head.forward = forward
     return head
+
+
+# The heads take their `forward` from transformers. Their `__init__` there builds the base model
+# through AutoModel, which does not know this class where the code was loaded from a model's own
+# folder.
 
 
 @_names_token_type_ids

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,19 @@ def test_convert_verify_and_export_are_commands_too(openai_tiny, tmp_path, run):
     assert code == 0
     assert "--activation" in printed
     assert run("convert")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "eval", "serve"])
+def test_a_folder_that_describes_more_than_it_holds_is_refused(
+    command, model_folder, tmp_path, assert_refused
+):
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(model_folder, folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 9}))
+    text.write_text("Hello")
+    arguments = {"generate": ["Hello"], "inspect": ["Hello"], "eval": [text], "serve": []}
+    assert_refused("config.json describes", command, folder, *arguments[command])
 
 
 def test_version(run):

@@ -19,7 +19,6 @@ def test_serves_at_the_address_that_is_given(run, monkeypatch, converted_tiny):
     ("options", "message"),
     [
         (["--at-once", 0], "--at-once 0 is below 1"),
-        (["--weights", "int8"], "--weights int8 needs --fast"),
         ([], "the model '/nowhere' cannot be loaded"),
     ],
 )

@@ -40,9 +40,10 @@ def register() -> None:
         host.AutoModelForQuestionAnswering: models.ScratchGPTForQuestionAnswering,
     }.items():
         auto_class.register(ScratchGPTConfig, model_class, exist_ok=True)
-        setattr(host, model_class.__name__, model_class)
-    setattr(host, ScratchGPTConfig.__name__, ScratchGPTConfig)
-    setattr(host, ScratchGPTTokenizer.__name__, ScratchGPTTokenizer)
+        # Not on `host`: transformers replaces its module when its models are first imported.
+        setattr(sys.modules["transformers"], model_class.__name__, model_class)
+    setattr(sys.modules["transformers"], ScratchGPTConfig.__name__, ScratchGPTConfig)
+    setattr(sys.modules["transformers"], ScratchGPTTokenizer.__name__, ScratchGPTTokenizer)
     # When a model is loaded, as it takes transformers 45 ms to make its table ready.
     models.ScratchGPTPreTrainedModel.register_rules = staticmethod(register_gpt2_rules)
 

@@ -57,12 +57,15 @@ template <int N, bool ahead, typename T>
   constexpr int64_t kWidth = 16;  // so many sums at once keep a processor busy
   constexpr int64_t kStep = kLine / sizeof(T);
   float parts[N][kWidth] = {};
+  // As a function of its own, so that g++ keeps the sums in registers: a sixth of a step's time.
+  const auto add = [&](int n, int64_t i) {
+    for (int64_t j = 0; j < kWidth; j++) parts[n][j] += x[i + j] * wide(y[n * distance + i + j]);
+  };
   const int64_t lines = count / kStep * kStep;
   for (int64_t i = 0; i < lines; i += kStep)
     for (int n = 0; n < N; n++) {
       ask_ahead<ahead>(&y[n * distance + i]);
-      for (int64_t j = i; j < i + kStep; j += kWidth)
-        for (int64_t k = 0; k < kWidth; k++) parts[n][k] += x[j + k] * wide(y[n * distance + j + k]);
+      for (int64_t j = 0; j < kStep; j += kWidth) add(n, i + j);
     }
   for (int n = 0; n < N; n++) {
     for (int64_t width = kWidth / 2; width > 0; width /= 2)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import hf_scratch_gpt
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
-from hf_scratch_gpt.cli import demo
+from hf_scratch_gpt.cli import demo_run as demo
 
 from ..models import random_model
 

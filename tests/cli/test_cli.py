@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
@@ -118,17 +117,6 @@ def test_demo_makes_a_model_that_loads_without_the_package(tmp_path, monkeypatch
     code, out, _ = run("demo", "--out", tmp_path / "demo")
     assert code == 0
     assert "It was trained before" in out
-
-
-def test_bigram_loss_is_that_of_its_formula():
-    training, validation = np.array([[0, 1, 0, 1], [0, 2, 0, 1]]), np.array([[0, 1, 0, 2]])
-    frequency = [(4 + 1) / 11, (3 + 1) / 11, (1 + 1) / 11]  # of 8 tokens, one more each
-    pairs = [(3, 4, 1), (1, 1, 0), (1, 4, 2)]  # how often b follows a, how often any does, b
-    losses = []
-    for m in (1, 2, 5, 10, 20, 50, 100, 200):
-        p = [(count + m * frequency[b]) / (followed + m) for count, followed, b in pairs]
-        losses.append(-sum(np.log(p)) / 3)
-    assert demo.bigram_loss(training, validation, 3) == pytest.approx(min(losses), abs=1e-12)
 
 
 def test_convert_verify_and_export_are_commands_too(openai_tiny, tmp_path, run):

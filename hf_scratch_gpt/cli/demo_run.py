@@ -27,23 +27,25 @@ from ..training.setup import check_installed
 from ..writing import write
 from .progress import TerminalProgress
 
-VOCABULARY = 2048
+VOCABULARY = 512
+# About 0.8M parameters, of which two cores train on 700,000 tokens in a minute and a half.
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
-    hidden_size=192,
+    hidden_size=128,
     num_hidden_layers=3,
-    num_attention_heads=6,
+    num_attention_heads=4,
     max_position_embeddings=128,
+    tie_word_embeddings=False,  # so that few steps go further
     drop_rate=0.0,
     initializer_range=0.06,  # GPT-2's 0.02 is for wide models; narrow ones learn slowly with it
 )
-STEPS = 1000
+STEPS = 1400
 TRAINING: dict[str, Any] = dict(
-    per_device_train_batch_size=8,
+    per_device_train_batch_size=4,
     per_device_eval_batch_size=32,
-    learning_rate=5e-3,
+    learning_rate=3e-3,
     max_steps=STEPS,
-    eval_steps=STEPS // 12,
+    eval_steps=STEPS // 10,
     save_steps=STEPS // 4,
     logging_steps=25,
 )

@@ -76,12 +76,13 @@ def run_demo(folder: Path, console: Console) -> None:
     files = write_texts(folder, VALIDATION)
     texts = read_texts(files[0])
     tokenizer = make_tokenizer(texts, VOCABULARY, folder / "tokenizer")
-    parts = [_blocks(file, tokenizer, folder) for file in files]
+    training, validation = (_blocks(file, tokenizer, folder) for file in files)
     console.print(
         f"Python's manual and the docstrings of its library: {sum(map(len, texts)):,} characters, "
-        f"{parts[0].file.tokens:,} tokens of a vocabulary of {len(tokenizer):,}"
+        f"{training.file.tokens:,} tokens of a vocabulary of {len(tokenizer):,}"
     )
-    if _train(folder, files, tokenizer, bigram_loss(*parts, VOCABULARY), console):
+    bigram = bigram_loss(training, validation, VOCABULARY)
+    if _train(folder, files, tokenizer, bigram, console):
         _show_writing(folder / "model", console)
         _show_what_is_next(folder, console)
 

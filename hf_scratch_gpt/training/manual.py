@@ -21,8 +21,10 @@ from ..model.vocabulary_scratch_gpt import END_OF_TEXT
 # Tests, and what was installed beside the standard library.
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
-def texts() -> list[str]:
+
+def python_texts() -> list[str]:
     """The topics of the manual, and the docstrings of each module, without those met before."""
     found, met = [text for _, text in sorted(topics.items())], set()
     library = Path(sysconfig.get_path("stdlib"))
@@ -37,19 +39,17 @@ def texts() -> list[str]:
     return found
 
 
-def _docstrings(
-    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
-) -> Iterator[str]:
+def _docstrings(node: _Documented) -> Iterator[str]:
     """Those of `node` and of the classes and functions in it, from top to bottom."""
     if text := ast.get_docstring(node):
         yield text
     for inner in node.body:
-        if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(inner, _Documented):
             yield from _docstrings(inner)
 
 
 def write_texts(folder: Path, validation: float) -> tuple[Path, Path]:
-    """Shuffle `texts` and write them to two files; one that is there stays as it is.
+    """Shuffle `python_texts` and write them to two files; one that is there stays as it is.
 
     Args:
         folder: where to write them.
@@ -60,10 +60,10 @@ def write_texts(folder: Path, validation: float) -> tuple[Path, Path]:
     """
     paths = folder / "training.jsonl", folder / "validation.jsonl"
     if not all(path.is_file() for path in paths):
-        left = texts()
+        left, held_out = python_texts(), list[str]()
         random.Random(0).shuffle(left)
-        size, held_out = sum(map(len, left)), []
-        while sum(map(len, held_out)) < validation * size:
+        wanted = validation * sum(len(text) for text in left)
+        while sum(len(text) for text in held_out) < wanted:
             held_out.append(left.pop())
         folder.mkdir(parents=True, exist_ok=True)
         for path, part in zip(paths, (left, held_out), strict=True):

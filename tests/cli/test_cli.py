@@ -66,8 +66,8 @@ def test_train_with_flags_of_the_trainer(model_folder, tmp_path, run, assert_ref
     arguments += ["--learning-rate", "1e-3", "--sample-prompt", "To be", "--use-cpu"]
     code, out, error = run(*arguments)
     assert code == 0, error
-    assert "validation loss" in out
-    kept = next(line for line in out.splitlines() if line.startswith("Token ids: "))
+    assert "validation loss" in error
+    kept = next(line for line in error.splitlines() if line.startswith("Token ids: "))
     assert "step 4 writes: To be" in out
     assert "4 steps, loss" in out
     assert (tmp_path / "run" / "loss.png").is_file()
@@ -77,7 +77,7 @@ def test_train_with_flags_of_the_trainer(model_folder, tmp_path, run, assert_ref
     code, out, _ = run(*arguments)
     assert code == 0
     assert "as it was before" in out
-    assert_refused("holds another run (learning_rate", *arguments, "--learning-rate", "1")
+    assert_refused("holds another run (--learning-rate", *arguments, "--learning-rate", "1")
     file = Path(kept.partition(" MB in ")[2].partition(", kept")[0])
     assert file.is_file()
     code, out, _ = run("clear-cache", file.parent)

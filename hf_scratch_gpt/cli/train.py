@@ -1,7 +1,9 @@
 """`hf-scratch-gpt train`, and `clear-cache` of what it keeps."""
 
+import inspect
 import os
 import re
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -151,15 +153,21 @@ def _with_shortcuts(flags: dict[str, Any], shortcuts: dict[str, Any]) -> dict[st
 
 def in_options(text: str) -> str:
     """What Python says of arguments, in words of the command line: "block_size=8" is an option."""
-    names = {field: option for option, field in _SIZES.items()}
-    names["max_position_embeddings"] = "block_size"
-    alone = r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b(?!\.)=?"
+    from ..training.run import train as in_python
+    from ..training.setup import TrainingArguments
+
+    names = [*inspect.signature(in_python).parameters, *_FLAGS]
+    names += [field.name for field in fields(TrainingArguments)]
+    options = {name: name for name in names} | {field: option for option, field in _SIZES.items()}
+    options["max_position_embeddings"] = "block_size"
 
     def option(found: re.Match[str]) -> str:
-        name, has_value, _ = found[0].partition("=")
-        return f"--{names.get(name, name).replace('_', '-')}{' ' if has_value else ''}"
+        name, value = found.groups()
+        if not value and "_" not in name:
+            return found[0]  # a word of English
+        return f"--{options[name].replace('_', '-')}{' ' if value else ''}"
 
-    return re.sub(rf"{alone}|\b(?:validation|tokenizer|model|lora|lr|epochs)=", option, text)
+    return re.sub(rf"(?<![\w/.'-])({'|'.join(options)})(= ?|(?![\w/.'-]))", option, text)
 
 
 def _number_or_text(text: str) -> float | str:

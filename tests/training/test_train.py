@@ -129,7 +129,8 @@ def test_a_long_validation_is_bounded_and_spread_evenly(run, text, tiny_tokenize
     assert bound == f"Each validation takes 96 of {16 * len(whole)} tokens, spread evenly"
     notices.clear()
     run("whole", **options)
-    assert notices == [where], "a short validation is taken whole, and nothing said of it"
+    assert notices[0] == where
+    assert not any("validation takes" in line for line in notices), "a short one is taken whole"
     with pytest.raises(ValueError, match=r"validation_tokens=0 is below 1; give 1 or more"):
         run("none", validation_tokens=0)
 

@@ -16,6 +16,8 @@ from .generate import generate
 from .info import info
 from .inspect_model import inspect
 from .serve import serve
+from .tools import PASS_ON as PASS_ON_TO_TOOL
+from .tools import with_tool
 from .train import clear_cache, train
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes, as shells and click have them
@@ -23,13 +25,16 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes, as shells and click have
 # What the user gave is wrong; of other errors, what was asked could not be done.
 _MISUSES = (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
 app.command()(demo)
 app.command()(info)
 app.command()(generate)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(serve)
+app.command("with", context_settings=PASS_ON_TO_TOOL)(with_tool)
 # After the texts it takes any flag of `TrainingArguments`.
 app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command()(clear_cache)

@@ -43,7 +43,7 @@ def train(
 
     check_model(model)
     place = next((i for i, source in enumerate(sources) if source.startswith("-")), len(sources))
-    console = Console(highlight=False, markup=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     try:
         result = run.train(
             sources[:place],
@@ -65,7 +65,9 @@ def train(
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
-        console.print(_end_of(result))
+        typer.echo(_end_of(result), err=result.interrupted)
+    if result.interrupted:
+        raise typer.Exit(130)  # as of Ctrl-C elsewhere
 
 
 def _number_or_text(text: str) -> float | str:

@@ -2,13 +2,13 @@
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ..messages import TOLD, one_line
 from .conversion import PASS_ON, convert, export, verify
 from .demo import demo
 from .evaluate import evaluate
@@ -16,6 +16,8 @@ from .generate import generate
 from .info import info
 from .inspect_model import inspect
 from .serve import serve
+from .tools import PASS_ON as PASS_ON_TO_TOOL
+from .tools import with_tool
 from .train import clear_cache, train
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes, as shells and click have them
@@ -23,18 +25,32 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes, as shells and click have
 # What the user gave is wrong; of other errors, what was asked could not be done.
 _MISUSES = (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
+# By name; what stands behind TOOL is the tool's, and behind SOURCE any flag of TrainingArguments.
+_COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
+    "demo": (demo, {}),
+    "info": (info, {}),
+    "generate": (generate, {}),
+    "inspect": (inspect, {}),
+    "eval": (evaluate, {}),
+    "serve": (serve, {}),
+    "with": (with_tool, PASS_ON_TO_TOOL),
+    "train": (train, {"ignore_unknown_options": True}),
+    "clear-cache": (clear_cache, {}),
+    "convert": (convert, PASS_ON),
+    "export": (export, PASS_ON),
+    "verify": (verify, PASS_ON),
+}
+
+
+def _description(command: Callable[..., None]) -> str:
+    """The docstring of `command`, a paragraph a line: lines are broken for the terminal."""
+    paragraphs = (command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-app.command()(demo)
-app.command()(info)
-app.command()(generate)
-app.command()(inspect)
-app.command("eval")(evaluate)
-app.command()(serve)
-# After the texts it takes any flag of `TrainingArguments`.
-app.command(context_settings={"ignore_unknown_options": True})(train)
-app.command()(clear_cache)
-for command in (convert, export, verify):
-    app.command(context_settings=PASS_ON)(command)
+for name, (command, settings) in _COMMANDS.items():
+    app.command(name, help=_description(command), context_settings=settings)(command)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -64,8 +80,12 @@ def main() -> None:
     of the first two kinds are one line.
     """
     try:
-        app()
-    except TOLD as error:
+        app(prog_name="hf-scratch-gpt")
+    except Exception as error:
+        from ..messages import TOLD, one_line  # which takes a tenth of a second
+
+        if not isinstance(error, TOLD):
+            raise
         line = f"error: {one_line(error)}"
         Console(stderr=True, markup=False, highlight=False).print(line, soft_wrap=True)
         raise SystemExit(MISUSED if isinstance(error, _MISUSES) else FAILED) from None

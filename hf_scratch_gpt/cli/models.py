@@ -1,22 +1,24 @@
 """The model that a command is given, ready to be used."""
 
 import torch
+import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.saved import check_model
+from ..engine.compiling import can_compile
 from ..engine.swap import optimize_for_generation
 from ..files import without_progress_bars
 from ..training.setup import load_model, load_tokenizer
 
 
 def load(
-    place: str, fast: bool = False, weights: str | None = None
+    place: str, fast: bool | None = False, weights: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer in a folder or of a hub id, on the accelerator if there is one.
 
     Args:
-        fast: optimize the model for generation.
-        weights: do so with its weights in this format; see `optimize_for_generation`.
+        fast: optimize the model for generation; None does so on a CPU, if that is possible.
+        weights: optimize it with its weights in this format; see `optimize_for_generation`.
     """
     check_model(place)
     with without_progress_bars():
@@ -25,4 +27,20 @@ def load(
         model.to(torch.accelerator.current_accelerator())
     if fast or weights:
         optimize_for_generation(model, weights)
+    elif fast is None and model.device.type == "cpu":
+        _optimize_if_possible(model)
     return model, tokenizer
+
+
+def _optimize_if_possible(model: PreTrainedModel) -> None:
+    """Optimize `model`; say so where only a compiler is missing, or fails."""
+    reason = "no C++ compiler is there, such as g++"
+    try:
+        if can_compile():
+            optimize_for_generation(model)
+            return
+    except ValueError:  # it is not a model of ours, and the user has asked for nothing
+        return
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+    typer.echo(f"note: writing by PyTorch alone, more slowly: {reason}", err=True)

@@ -81,7 +81,6 @@ def train(
     from ..training import run, setup
     from .progress import TerminalProgress
 
-    out = Console(highlight=False, markup=False)
     told = Console(highlight=False, markup=False, stderr=True)
     sizes = {_SIZES["n_layer"]: n_layer, _SIZES["n_head"]: n_head, _SIZES["n_embd"]: n_embd}
     shortcuts = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
@@ -103,7 +102,7 @@ def train(
             sample_steps=sample_steps,
             lora=lora_r if lora else None,
             merge_lora=lora_merge,
-            on_sample=lambda step, text: out.print(f"step {step} writes: {text}"),
+            on_sample=lambda step, text: told.print(f"step {step} writes: {text}"),
             on_notice=partial(told.print, soft_wrap=True),
             progress=TerminalProgress(told),
             **_with_shortcuts(flags, shortcuts),
@@ -114,9 +113,9 @@ def train(
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
-        out.print(_end_of(result), soft_wrap=True)
+        typer.echo(_end_of(result), err=result.interrupted)
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(130)  # as of Ctrl-C elsewhere
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_python_blocks_run(openai_tiny, clone):
 @pytest.mark.long
 def test_command_lines_run(clone):
     *_, block = blocks("bash")
-    assert len(block.splitlines()) == 7
+    assert len(block.splitlines()) == 8
     for line in block.splitlines():
         command = shlex.split(line)
         if command[0] == "hf-scratch-gpt":

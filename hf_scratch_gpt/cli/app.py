@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .info import info
 from .inspect_model import inspect
+from .new import new
 from .serve import serve
 from .tools import PASS_ON as PASS_ON_TO_TOOL
 from .tools import with_tool
@@ -39,6 +40,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "convert": (convert, PASS_ON),
     "export": (export, PASS_ON),
     "verify": (verify, PASS_ON),
+    "new": (new, {}),
 }
 
 

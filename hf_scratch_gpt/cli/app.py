@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..messages import TOLD, one_line
-from .conversion import PASS_ON, convert, export, verify
+from .conversion import convert, export, verify
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
@@ -33,8 +33,9 @@ app.command()(serve)
 # After the texts it takes any flag of `TrainingArguments`.
 app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command()(clear_cache)
-for command in (convert, export, verify):
-    app.command(context_settings=PASS_ON)(command)
+app.command()(convert)
+app.command()(export)
+app.command()(verify)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -57,14 +58,14 @@ def _commands(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def main() -> None:
-    """Run the command line.
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line, with the `arguments` of this process if none are given.
 
     It exits with 0, 1 (it could not be done), 2 (something given is wrong) or 130 (Ctrl-C). Errors
     of the first two kinds are one line.
     """
     try:
-        app()
+        app(arguments, prog_name=arguments and "hf-scratch-gpt")
     except TOLD as error:
         line = f"error: {one_line(error)}"
         Console(stderr=True, markup=False, highlight=False).print(line, soft_wrap=True)

@@ -1,7 +1,6 @@
 """What is built of the package: the wheel works alone, and nothing is missing in the archive."""
 
 import ast
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import tomllib
 import venv
 import zipfile
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import openai
@@ -38,7 +38,7 @@ def imported(path: Path) -> set[str]:
 
 def test_what_is_imported_is_declared():
     extras = [PROJECT["optional-dependencies"][name] for name in ("train", "serve", "torchao")]
-    wanted = [*PROJECT["dependencies"], *sum(extras, [])]
+    wanted = [*PROJECT["dependencies"], *chain(*extras)]
     declared = {re.split(r"[^\w.-]", name)[0].lower().replace("_", "-") for name in wanted}
     homes = packages_distributions()
     for name in set().union(*map(imported, PACKAGE.rglob("*.py"))):
@@ -180,7 +180,9 @@ def test_the_wheel_serves_openais_client(bin_, empty):
             answer = client.completions.create(**asked)
         finally:
             process.terminate()
-    written = run([bin_ / "hf-scratch-gpt", *"generate tiny Hello --temperature 0".split()], empty)
+    written = run(
+        [bin_ / "hf-scratch-gpt", "generate", "tiny", "Hello", "--temperature", "0"], empty
+    )
     assert answer.choices[0].text
     assert written.startswith("Hello" + answer.choices[0].text)
 
@@ -221,4 +223,3 @@ def test_newer_pythons_start_the_command(python, bin_, empty):
     compiled = f"import compileall; print(compileall.compile_dir({str(own / 'hf_scratch_gpt')!r}))"
     prefix = dict(PYTHONPYCACHEPREFIX=str(empty / "compiled"))
     assert "True" in run([python, "-W", "error", "-c", compiled], empty, **prefix)
-    assert json.loads(run([*command, "info", "gpt2", "--json"], empty, **paths))

@@ -212,7 +212,7 @@ def interpreters():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("python", interpreters())
+@pytest.mark.parametrize("python", list(interpreters()))
 def test_newer_pythons_start_the_command(python, bin_, empty):
     """torch is here for one Python only; what starts the command needs none of it."""
     (own,) = bin_.parent.glob("lib/python*/site-packages")

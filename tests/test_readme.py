@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from hf_scratch_gpt import ScratchGPTConfig
-from hf_scratch_gpt.checkpoints.commands import convert_command as convert
 from hf_scratch_gpt.sizing import count_parameters
+
+from .commands import convert
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .conversion import PASS_ON, convert, export, verify
+from .conversion import convert, export, verify
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
@@ -17,8 +17,7 @@ from .info import info
 from .inspect_model import inspect
 from .new import new
 from .serve import serve
-from .tools import PASS_ON as PASS_ON_TO_TOOL
-from .tools import with_tool
+from .tools import PASS_ON, with_tool
 from .train import clear_cache, train
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes, as shells and click have them
@@ -34,12 +33,12 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "inspect": (inspect, {}),
     "eval": (evaluate, {}),
     "serve": (serve, {}),
-    "with": (with_tool, PASS_ON_TO_TOOL),
+    "with": (with_tool, PASS_ON),
     "train": (train, {"ignore_unknown_options": True}),
     "clear-cache": (clear_cache, {}),
-    "convert": (convert, PASS_ON),
-    "export": (export, PASS_ON),
-    "verify": (verify, PASS_ON),
+    "convert": (convert, {}),
+    "export": (export, {}),
+    "verify": (verify, {}),
     "new": (new, {}),
 }
 
@@ -75,8 +74,8 @@ def _commands(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def main() -> None:
-    """Run the command line.
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line, with the `arguments` of this process if none are given.
 
     It exits with 0, 1 (it could not be done), 2 (something given is wrong) or 130 (Ctrl-C). Errors
     of the first two kinds are one line.

@@ -5,6 +5,8 @@ import json
 import os
 import pty
 import select
+import signal
+import subprocess
 import sys
 import time
 
@@ -197,6 +199,25 @@ def test_a_model_of_others_is_written_with(tmp_path, tiny_tokenizer, run, assert
 )
 def test_refuses(arguments, message, gpt2, assert_refused):
     assert_refused(message, "generate", gpt2, *arguments)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("end", ["Ctrl-C", "nobody reads any more"])
+def test_a_text_that_is_cut_short_shows_no_traceback(end, gpt2):
+    command = [sys.executable, "-m", "hf_scratch_gpt", "generate", str(gpt2), "Hello"]
+    command += ["--max-new-tokens", "1000000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(5) == b"Hello"
+        if end == "Ctrl-C":
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate()
+            # A shell has 130 for both; Python may choose the signal itself.
+            assert process.returncode in (130, -signal.SIGINT)
+        else:
+            process.stdout.close()
+            error = process.stderr.read()
+            assert process.wait() == 1
+    assert error == b""
 
 
 @pytest.mark.long

@@ -91,8 +91,10 @@ def test_commands_of_packages_run_by_their_entry_points(run, tmp_path):
 
 
 @pytest.mark.usefixtures("_same_paths")
-@pytest.mark.parametrize("name", ["no_such_tool", "no.such", "", ".x"])
-def test_a_tool_that_is_not_there_is_named(name, assert_refused):
+@pytest.mark.parametrize("name", ["no_such_tool", "no.such", "", ".x", "folder"])
+def test_a_tool_that_is_not_there_is_named(name, assert_refused, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert_refused(f"{name!r} is not a command, a module or a file", "with", name, "--help")
 
 

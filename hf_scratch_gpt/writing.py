@@ -193,10 +193,11 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": text})
 
     def _encode(self) -> list[int]:
-        chat = self._tokenizer.apply_chat_template(
-            self._messages, add_generation_prompt=True, return_dict=True
+        text = self._tokenizer.apply_chat_template(
+            self._messages, tokenize=False, add_generation_prompt=True
         )
-        return chat["input_ids"]
+        # The template has written the special tokens.
+        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 class _PieceStreamer(BaseStreamer):

@@ -1,9 +1,12 @@
 """The command line, `hf-scratch-gpt`: a command a file, none of which imports torch by itself."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -74,14 +77,11 @@ def _commands(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line, with the `arguments` of this process if none are given.
-
-    It exits with 0, 1 (it could not be done), 2 (something given is wrong) or 130 (Ctrl-C). Errors
-    of the first two kinds are one line.
-    """
+@contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """Turn errors into a line and an exit code."""
     try:
-        app(prog_name="hf-scratch-gpt")
+        yield
     except Exception as error:
         from ..messages import TOLD, one_line  # which takes a tenth of a second
 
@@ -90,3 +90,40 @@ def main(arguments: list[str] | None = None) -> None:
         line = f"error: {one_line(error)}"
         Console(stderr=True, markup=False, highlight=False).print(line, soft_wrap=True)
         raise SystemExit(MISUSED if isinstance(error, _MISUSES) else FAILED) from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """After Ctrl-C, whatever it leads to ends with its exit code.
+
+    It comes out of an import that it interrupts as an error of another kind.
+    """
+    caught: list[int] = []
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # a program around this has its own way
+        yield
+        return
+    signal.signal(signal.SIGINT, catch)
+    try:
+        yield
+    except Exception:
+        if caught:
+            raise SystemExit(INTERRUPTED) from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line, with the `arguments` of this process if none are given.
+
+    It exits with 0, 1 (it could not be done), 2 (something given is wrong) or 130 (Ctrl-C). Errors
+    of the first two kinds are one line.
+    """
+    with _told_in_a_line(), _interruptible():
+        app(arguments, prog_name="hf-scratch-gpt")

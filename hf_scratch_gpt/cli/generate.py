@@ -19,7 +19,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among so many; 0 for all.")] = 40,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Choose among so probable.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same texts.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="The same seed writes the same texts.")
+    ] = 0,
     samples: Annotated[int, typer.Option(min=1, help="How many texts to write of a prompt.")] = 1,
     as_json: Annotated[
         bool,

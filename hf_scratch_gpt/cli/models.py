@@ -1,7 +1,13 @@
 """The model that a command is given, ready to be used."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 import typer
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.saved import check_model
@@ -21,7 +27,7 @@ def load(
         weights: optimize it with its weights in this format; see `optimize_for_generation`.
     """
     check_model(place)
-    with without_progress_bars():
+    with _told_of_a_missing_folder(place), without_progress_bars():
         model, tokenizer = load_model(place, dtype="auto"), load_tokenizer(None, place)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
@@ -30,6 +36,25 @@ def load(
     elif fast is None and model.device.type == "cpu":
         _optimize_if_possible(model)
     return model, tokenizer
+
+
+@contextmanager
+def _told_of_a_missing_folder(place: str) -> Iterator[None]:
+    """Say first of what is not on the Hub that it is not a folder either."""
+    try:
+        yield
+    except ValueError as error:
+        if place and Path(place).is_dir():
+            raise
+        if Path(place).is_file():
+            remedy = "give the folder of a saved model, or convert it first"
+            raise ValueError(f"{place} is a file; {remedy}") from None
+        remedy = f"and from the Hub {error}"
+        try:
+            validate_repo_id(place)
+        except HFValidationError:
+            remedy = "give the folder of a saved model, or owner/name on the Hub"
+        raise ValueError(f"there is no folder {place!r}; {remedy}") from None
 
 
 def _optimize_if_possible(model: PreTrainedModel) -> None:

@@ -39,10 +39,8 @@ def with_tool(
     if not (commands or sys.flags.safe_path or here in sys.path):
         sys.path.insert(0, here)  # as Python does
     if not (commands or is_file or _is_module(tool)):
-        raise ValueError(
-            f"{tool!r} is not a command, a module or a file of Python here; if it is a package: "
-            f"pip install {tool.partition('.')[0]}"
-        )
+        remedy = f"pip install {tool}" if tool.replace("-", "_").isidentifier() else "give another"
+        raise ValueError(f"{tool!r} is not a command, a module or a file of Python here; {remedy}")
     sys.argv = [tool, *(arguments or [])]
     try:
         if commands:
@@ -58,8 +56,11 @@ def with_tool(
 
 
 def _is_module(name: str) -> bool:
-    """Whether Python finds a module of this name that it can run."""
+    """Whether `python -m` would find a module of this name to run."""
     try:
-        return util.find_spec(name) is not None
+        spec = util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = util.find_spec(f"{name}.__main__")
     except (ImportError, ValueError):  # the package that it would be in is missing; "" and ".a"
         return False
+    return spec is not None

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -88,6 +89,7 @@ def answer_terminal(writer: Writer) -> None:
     talk = Conversation(writer.tokenizer, room) if has_template else None
     what = "A conversation" if talk else "A prompt a line"
     _notice(f"{what}; Ctrl-C stops a text, Ctrl-D ends")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what comes after is an error again
     for number, line in enumerate(_typed()):
         once = replace(writer, seed=writer.seed + number * writer.samples)
         with _stopped_by_ctrl_c():

@@ -1,6 +1,5 @@
 """The commands that write, train and demonstrate, as a user calls them."""
 
-import io
 import json
 import os
 import re
@@ -40,23 +39,6 @@ def test_generate_writes_the_same_text_from_the_same_seed(model_folder, run):
     assert texts[0][1].startswith("Hello")  # 40 tokens, past the window of 16
     code, out, _ = run("generate", model_folder, "Hello", "--samples", 3)
     assert (code, out.count("Hello"), "2 of 3" in out) == (0, 3, True)
-
-
-def test_generate_from_standard_input(model_folder, run, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
-    code, out, error = run("generate", model_folder, "--temperature", "0", "--max-new-tokens", 3)
-    assert (code, out[:5]) == (0, "Hello"), error
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([""], "the prompt '' has 0 tokens"),
-        (["Hello", "--weights", "int3"], "'int3'"),
-    ],
-)
-def test_generate_refuses(arguments, message, model_folder, assert_refused):
-    assert_refused(message, "generate", model_folder, *arguments)
 
 
 def test_train_with_flags_of_the_trainer(model_folder, tmp_path, run, assert_refused):

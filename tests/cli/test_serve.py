@@ -7,19 +7,19 @@ from fastapi import FastAPI
 
 def test_serves_at_the_address_that_is_given(run, monkeypatch, converted_tiny):
     served = []
-    monkeypatch.setattr(uvicorn, "run", lambda app, **given: served.append((app, given)))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: served.append(server.config))
     code, _, error = run("serve", converted_tiny, "--port", 8123)
     assert code == 0, error
-    ((app, given),) = served
-    assert isinstance(app, FastAPI)
-    assert given == {"host": "127.0.0.1", "port": 8123}
+    (config,) = served
+    assert isinstance(config.app, FastAPI)
+    assert (config.host, config.port) == ("127.0.0.1", 8123)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--at-once", 0], "--at-once 0 is below 1"),
-        ([], "the model '/nowhere' cannot be loaded"),
+        ([], "there is no folder '/nowhere'; give the folder of a saved model"),
     ],
 )
 def test_bad_options_are_refused(options, message, assert_refused):

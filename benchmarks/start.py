@@ -9,11 +9,10 @@ from typing import Any
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
+from hf_scratch_gpt.checkpoints.bundled import BUNDLED
 
 from .peers import in_our_format
 from .timing import in_turns, rates
-
-TINY = Path(__file__).parent.parent / "tests" / "fixtures" / "openai-tiny"
 
 
 def loading(folder: Path, rounds: int) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def tokenization(texts: int, rounds: int) -> dict[str, Any]:
 
     The vocabulary is that of `GPT2_RELEASE_DIR`, or has 400 tokens. Ids are compared first.
     """
-    folder = Path(os.environ.get("GPT2_RELEASE_DIR", TINY))
+    folder = Path(os.environ.get("GPT2_RELEASE_DIR", BUNDLED))
     vocab, merges = str(folder / "encoder.json"), str(folder / "vocab.bpe")
     ours = ScratchGPTTokenizer(vocab, merges)
     fast = GPT2TokenizerFast(vocab=vocab, merges=merges)

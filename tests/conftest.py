@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
+from hf_scratch_gpt.checkpoints.bundled import BUNDLED
 
 from .commands import convert
 from .models import random_gpt2, random_model
@@ -51,7 +52,7 @@ def logged_warnings(request):
 @pytest.fixture(scope="session")
 def openai_tiny() -> Path:
     """A release in OpenAI's layout, with the logits that OpenAI's code computes on it."""
-    return FIXTURES / "openai-tiny"
+    return BUNDLED
 
 
 @pytest.fixture(scope="session")

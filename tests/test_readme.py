@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 def clone(tmp_path, monkeypatch):
     """A folder with what README's commands read, and room for what they write."""
     shutil.copy(ROOT / "README.md", tmp_path)
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    (tmp_path / "hf_scratch_gpt").symlink_to(ROOT / "hf_scratch_gpt")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,7 +1,9 @@
 """Sizes and costs of models, looked up by name and laid out side by side."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from rich import box
@@ -17,32 +19,68 @@ Summary = dict[str, dict[str, float]]
 
 _NAME_WIDTH = 16  # as wide as GPT-3's number of parameters
 
-# The parts of a summary: what the table calls them, and the units of their numbers.
 _BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_FLOPS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
-_PARTS = {
-    "parameters": ("Parameters", {"": 1}),
-    "storage_bytes": ("Storage", _BYTES),
-    "kv_cache_bytes_per_token": ("Key-value cache, a token", _BYTES),
-    "kv_cache_bytes_full_context": ("Key-value cache, in full", _BYTES),
-    "flops_per_token": ("FLOPs of a token", _FLOPS),
-    "training_step": ("Step of training", {"": 1}),
-    "training_memory_bytes": ("Memory: AdamW, float32", _BYTES),
-    "training_seconds": ("Time to train", {"": 1}),
+_FLOPS = {"": 1, "M": 10**6, "G": 10**9, "T": 10**12}
+_COUNT = {"": 1}
+# What the table shows of the parts of a summary: title, units, and its numbers with their labels.
+_ROWS: dict[str, tuple[str, dict[str, int], dict[str, str]]] = {
+    "parameters": (
+        "parameters",
+        _COUNT,
+        {
+            "token_embedding": "token embedding",
+            "position_embedding": "position embedding",
+            "attention": "attention",
+            "feed_forward": "feed forward",
+            "norms": "norms",
+            "output_head": "output head",
+            "total": "total",
+            "total_if_tied": "total if tied",
+            "total_if_untied": "total if untied",
+        },
+    ),
+    "storage_bytes": ("storage", _BYTES, {name: name for name in ("float32", "bfloat16", "int8")}),
+    "kv_cache_bytes_per_token": ("cache", _BYTES, {"float32": "of a token"}),
+    "kv_cache_bytes_full_context": ("", _BYTES, {"float32": "in full"}),
+    "flops_per_token": ("FLOPs", _FLOPS, {"forward": "a token", "training": "in training"}),
+    "training_step": ("training", _COUNT, {"tokens": "tokens of a step"}),
+    "training_memory_bytes": (
+        "by AdamW",
+        _BYTES,
+        {
+            "weights": "weights",
+            "activations": "activations",
+            "peak": "peak",
+            "peak_if_checkpointed": "  if checkpointed",
+        },
+    ),
+    "training_seconds": ("time", _COUNT, {"by_training_flops": "by FLOPs", "by_6N": "by 6N"}),
 }
 
 
-def find_config(name: str) -> ScratchGPTConfig:
+def find_config(name: str, overrides: Mapping[str, Any] | None = None) -> ScratchGPTConfig:
     """The configuration of a preset, of a model's folder, or of a model on the Hub, "owner/name".
 
+    Args:
+        overrides: fields that differ from it.
+
     Raises:
-        ValueError: `name` is none of these, or the model is not a valid one of ours or a GPT-2.
+        ValueError: `name` is none of these, the model is not a valid one of ours or a GPT-2, or
+            the overrides do not fit.
         OSError: the folder's `config.json` cannot be read.
     """
     folder = Path(name).expanduser()
     # A name without an owner is a preset mistyped, and is not looked for on the Hub.
     if name in PRESETS | PRESET_ALIASES or not (folder.is_dir() or "/" in name):
-        return ScratchGPTConfig.from_preset(name)
+        return ScratchGPTConfig.from_preset(name, **(overrides or {}))
+    config = _find_saved(name, folder)
+    config.update(dict(overrides or {}))
+    config.check()
+    return config
+
+
+def _find_saved(name: str, folder: Path) -> ScratchGPTConfig:
+    """The configuration of the model in `folder`, or of the one that the Hub calls `name`."""
     source = str(folder) if folder.is_dir() else name
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
@@ -105,7 +143,11 @@ def summarize(
             "training": training,
             "training_by_6N": by_6n,
         },
-        "training_step": {"texts": batch_size, "tokens_of_a_text": length or positions},
+        "training_step": {
+            "texts": batch_size,
+            "tokens_of_a_text": length or positions,
+            "tokens": batch_size * (length or positions),
+        },
         "training_memory_bytes": {**vars(memory), "peak_if_checkpointed": checkpointed.peak},
     }
     if tokens is not None and flops_per_second is not None:
@@ -130,25 +172,31 @@ def show(console: Console, summaries: dict[str, Summary]) -> None:
 
 
 def _table(summaries: dict[str, Summary]) -> Table:
-    """A row of numbers for each entry, under the heading of its part.
+    """A row of numbers for each entry; a part's name stands in its first row.
 
     A part's unit is the largest in which none of its numbers is below 1.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column()
-    table.add_column()
+    for _ in range(3):
+        table.add_column()
     for name in summaries:
         table.add_column(name, justify="right", overflow="fold", max_width=_NAME_WIDTH)
     for part in next(iter(summaries.values())):
-        heading, units = _PARTS[part]
-        table.add_row(heading, style="bold")
-        rows = [summary[part] for summary in summaries.values()]
-        smallest = min(min(row.values()) for row in rows)
+        title, units, labels = _ROWS[part]
+        columns = [summary[part] for summary in summaries.values()]
+        labels = {key: label for key, label in labels.items() if _tells(key, columns)}
+        smallest = min(column[key] for column in columns for key in labels)
         unit, size = [each for each in units.items() if each[1] <= max(1, smallest)][-1]
-        for key in rows[0]:
+        for key, label in labels.items():
             if part == "training_seconds":
-                cells = [sizing.humanize_seconds(row[key]) for row in rows]
+                cells = [sizing.humanize_seconds(column[key]) for column in columns]
             else:
-                cells = [f"{row[key] / size:,.{0 if size == 1 else 1}f}" for row in rows]
-            table.add_row(f"  {key.replace('_', ' ')}", unit, *cells)
+                cells = [f"{column[key] / size:,.{0 if size == 1 else 2}f}" for column in columns]
+            table.add_row(title, label, unit, *cells)
+            title = ""
     return table
+
+
+def _tells(key: str, columns: list[dict[str, float]]) -> bool:
+    """Whether a number is neither 0 nor the total again, in one of the columns at least."""
+    return any(c[key] not in (0, key.startswith("total_if") and c["total"]) for c in columns)

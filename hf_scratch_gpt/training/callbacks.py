@@ -60,8 +60,14 @@ class RunningLoss:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def draw_loss(history: list[dict[str, float]], path: Path) -> None:
-    """Draw the losses in `history`, a `TrainerState.log_history`, to the PNG file `path`."""
+def draw_loss(
+    history: list[dict[str, float]], path: Path, bigram_loss: float | None = None
+) -> None:
+    """Draw the losses in `history`, a `TrainerState.log_history`, to the PNG file `path`.
+
+    Args:
+        bigram_loss: that of a bigram model of the same tokens, for comparison.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -71,7 +77,11 @@ def draw_loss(history: list[dict[str, float]], path: Path) -> None:
         if points:
             label = f"{name}, {points[-1][1]:.3f} at step {points[-1][0]:.0f}"
             axes.plot(*zip(*points, strict=True), line, label=label)
-            axes.legend()
+    if bigram_loss is not None:
+        label = f"best bigram model, {bigram_loss:.3f}"
+        axes.axhline(bigram_loss, color="gray", linestyle="--", label=label)
+    if axes.lines:
+        axes.legend()
     axes.grid(alpha=0.3)
     with new_file(path) as unfinished:
         figure.savefig(unfinished, format="png")
@@ -98,6 +108,8 @@ class KeepFolder(TrainerCallback):
 class SampleText(TrainerCallback):
     """Lets the model continue `prompt` every `steps` steps, and after the last; see `train`.
 
+    `generation` is for `generate`, such as `temperature`.
+
     It has random numbers of its own, the same each time, so training goes as without it. Where the
     weights are split over processes, all of them write, and the first reports.
     """
@@ -108,8 +120,10 @@ class SampleText(TrainerCallback):
         prompt: str,
         steps: int,
         report: Callable[[int, str], None] | None,
+        **generation: Any,
     ) -> None:
         self.tokenizer, self.prompt, self.steps = tokenizer, prompt, steps
+        self.generation = {"do_sample": True, "top_k": 50, **generation}
         self.report = report or (
             lambda step, text: logger.info(f"Sample after {step} steps: {text}")
         )
@@ -132,14 +146,13 @@ class SampleText(TrainerCallback):
     def _write(self, model: Any, args: TrainingArguments) -> str:
         """The prompt and what `model` makes of it."""
         end, was_training = self.tokenizer.eos_token, model.training
-        options = {"use_cache": True, "pad_token_id": self.tokenizer.eos_token_id}
+        options = {**self.generation, "use_cache": True}
+        options["pad_token_id"] = self.tokenizer.eos_token_id
         devices = [] if args.device.type == "cpu" else [args.device]
         model.eval()
         with torch.random.fork_rng(devices, device_type=args.device.type):
             torch.manual_seed(args.seed)
-            written = write(
-                model, self.tokenizer, self.prompt or end, 64, do_sample=True, top_k=50, **options
-            )
+            written = write(model, self.tokenizer, self.prompt or end, 64, **options)
         model.train(was_training)
         return self.prompt + written
 

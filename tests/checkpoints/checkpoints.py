@@ -4,7 +4,6 @@ import json
 import os
 import re
 import struct
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,12 +12,12 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
+from hf_scratch_gpt.checkpoints.bundled import BUNDLED
 
 from ..commands import convert as main
 from ..models import random_gpt2
 from .releases import change_release
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 LAYERS, HEADS, WIDTH, POSITIONS, VOCABULARY = 3, 2, 16, 24, 60
 LINEARS = {"qkv": (48, 16), "proj": (16, 16), "fc": (64, 16), "back": (16, 64)}
 
@@ -132,8 +131,7 @@ class RunsCode:
 def write_source(kind, folder, change=lambda state, name: None):
     """A source of `kind` whose state dict `change` has spoilt; the arguments that convert it."""
     if kind == "openai":
-        tiny = FIXTURES / "openai-tiny"
-        change_release(tiny, folder, lambda tensors: change(tensors, "model/h2/mlp/c_fc/w"))
+        change_release(BUNDLED, folder, lambda tensors: change(tensors, "model/h2/mlp/c_fc/w"))
         return [str(folder)]
     if kind in ("hf", "hf pickle"):
         layout = "bin" if kind == "hf pickle" else "safetensors"

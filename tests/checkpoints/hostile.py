@@ -12,9 +12,10 @@ from random import Random
 import torch
 from safetensors.torch import load_file
 
+from hf_scratch_gpt.checkpoints.bundled import BUNDLED
 from hf_scratch_gpt.checkpoints.tensor_bundle import read_table
 
-from .checkpoints import FIXTURES, llmc, nanogpt, random_weights, textbook
+from .checkpoints import llmc, nanogpt, random_weights, textbook
 from .releases import table
 
 CONVERT, EXPORT, VERIFY = (f"tests.commands:{name}" for name in ("convert", "export", "verify"))
@@ -42,7 +43,7 @@ FIELDS += ["num_hidden_layers", "pruned_heads", "architectures", "model_max_leng
 
 def write_sources(folder: Path, saved: Path, exported: Path) -> None:
     """A source of each kind in `folder`; the names of the kinds are those of their folders."""
-    shutil.copytree(FIXTURES / "openai-tiny", folder / "openai")
+    shutil.copytree(BUNDLED, folder / "openai")
     shutil.copytree(saved, folder / "saved")
     shutil.copytree(exported, folder / "hf")
     shutil.copytree(exported, folder / "bin")

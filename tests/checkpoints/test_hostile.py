@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_scratch_gpt.checkpoints.bundled import BUNDLED
 from hf_scratch_gpt.model.vocabulary_scratch_gpt import BYTE_TO_UNICODE
 
 from ..commands import convert as convert_command
 from ..commands import export as export_command
-from .hostile import CLI, CONVERT, ESCAPE, EXPORT, FIXTURES, VERIFY, spoil, write_sources
+from .hostile import CLI, CONVERT, ESCAPE, EXPORT, VERIFY, spoil, write_sources
 from .releases import block, masked_crc, varint
 from .worker import Worker
 
@@ -48,7 +49,7 @@ def command(kind: str, file: Path, out: Path, chance: Random) -> list[str]:
     source = file.parent
     generates = [CLI, "generate", str(source), "Hello", "--max-new-tokens", "2"]
     if kind == "saved":
-        release = str(FIXTURES / "openai-tiny")
+        release = str(BUNDLED)
         commands = [[EXPORT, str(source), str(out)], [VERIFY, release, str(source)], generates]
         return chance.choice([*commands, [CLI, "info", str(source)]])
     if kind in ("hf", "bin") and chance.random() < 0.4:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
@@ -80,15 +79,24 @@ def test_train_refuses_bad_choices(model_folder, tmp_path, assert_refused):
 
 @pytest.mark.long
 def test_demo_makes_a_model_that_loads_without_the_package(tmp_path, monkeypatch, run):
-    """A short one; in full it takes a minute."""
-    monkeypatch.setattr(
-        demo, "TRAINING", {**demo.TRAINING, "max_steps": 6, "eval_steps": 3, "save_steps": 6}
-    )
+    """A short one."""
+    few = {"max_steps": 6, "eval_steps": 3, "save_steps": 6}
+    monkeypatch.setattr(demo, "STEPS", 6)
+    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING | few)
     code, out, error = run("demo", "--out", tmp_path / "demo")
     assert code == 0, error
-    assert "for the best bigram model" in out
-    assert out.index("It writes") < out.index(demo.PROMPT) < out.index("from transformers import")
-    lines = out[out.index("from transformers import") :]
+    difference = re.search(r"differ from those of\s+OpenAI's own code by (\S+) at most", out)
+    assert float(difference[1]) <= 1e-5
+    order = ["After 0 steps it writes", "After 3 steps it writes", "for the best bigram model"]
+    order += [
+        "Loaded again, it writes",
+        str(tmp_path / "demo" / "model" / "loss.png"),
+        " generate ",
+    ]
+    places = [out.index(part) for part in [*order, "from transformers import"]]
+    assert places == sorted(places)
+    assert out.count(demo.PROMPT) >= 4
+    lines = out[places[-1] :]
     # A process that cannot find the package.
     code = f"import sys\nsys.modules['hf_scratch_gpt'] = None\n{lines}"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONSAFEPATH": "1"}
@@ -97,20 +105,30 @@ def test_demo_makes_a_model_that_loads_without_the_package(tmp_path, monkeypatch
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(demo.PROMPT)
+    generate = next(line for line in out.splitlines() if " generate " in line)
+    done = subprocess.run(generate, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith(demo.PROMPT), done.stderr
     code, out, _ = run("demo", "--out", tmp_path / "demo")
     assert code == 0
     assert "It was trained before" in out
 
 
-def test_bigram_loss_is_that_of_its_formula():
-    training, validation = np.array([[0, 1, 0, 1], [0, 2, 0, 1]]), np.array([[0, 1, 0, 2]])
-    frequency = [(4 + 1) / 11, (3 + 1) / 11, (1 + 1) / 11]  # of 8 tokens, one more each
-    pairs = [(3, 4, 1), (1, 1, 0), (1, 4, 2)]  # how often b follows a, how often any does, b
-    losses = []
-    for m in (1, 2, 5, 10, 20, 50, 100, 200):
-        p = [(count + m * frequency[b]) / (followed + m) for count, followed, b in pairs]
-        losses.append(-sum(np.log(p)) / 3)
-    assert demo.bigram_loss(training, validation, 3) == pytest.approx(min(losses), abs=1e-12)
+@pytest.mark.long
+def test_the_whole_demo_learns_more_than_pairs_of_tokens(tmp_path, run):
+    code, out, error = run("demo", "--out", tmp_path)
+    assert code == 0, error
+    losses = re.search(r"Validation loss (\S+) nats per token; (\S+) for the best bigram", out)
+    assert float(losses[1]) <= float(losses[2]) - 0.35
+    state = json.loads((tmp_path / "model" / "trainer_state.json").read_text())
+    assert sum("eval_loss" in entry for entry in state["log_history"]) >= 10
+
+
+def test_demo_begins_by_asking_for_what_it_needs(tmp_path, monkeypatch, run):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, out, error = run("demo", "--out", tmp_path / "demo")
+    assert (code, out) == (1, "")
+    assert "pip install 'hf_scratch_gpt[train]'" in error
+    assert not (tmp_path / "demo").exists()
 
 
 def test_convert_verify_and_export_are_commands_too(openai_tiny, tmp_path, run):

@@ -16,13 +16,46 @@ def test_table_of_three_models_fits_80_columns_with_numbers_in_line(run):
     assert (code, err) == (0, "")
     lines = [line.rstrip() for line in out.splitlines()]
     assert max(map(len, lines)) <= 80
-    rows = {" ".join(line[:24].split()): line for line in lines}
-    assert rows["total"].split()[1:] == ["124,439,808", "1,557,611,200", "174,604,259,328"]
-    assert rows["int8"].split()[1:] == ["MiB", "118.7", "1,485.5", "166,515.6"]
-    assert rows["by 6N"].endswith("355.7 years")
-    numbers = [line for line in lines[2:] if line.startswith("  ")]
-    assert len(numbers) == 30
-    assert len({len(line) for line in numbers}) == 1
+    total, int8, by_6n = (
+        next(line for line in lines if line[12:].startswith(label))
+        for label in ("total ", "int8 ", "by 6N ")
+    )
+    assert total.split()[1:] == ["124,439,808", "1,557,611,200", "174,604,259,328"]
+    assert int8.split()[2:] == ["118.68", "1,485.45", "166,515.60"]
+    assert by_6n.endswith("355.7 years")
+    assert len(lines) == 23
+    assert len({len(line) for line in lines[2:]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("switches", "total", "megabytes", "other"),
+    [
+        ([], "124,439,808", "474.70", "total if untied          163,037,184"),
+        # The figures of Raschka's "Build a Large Language Model (From Scratch)", chapter 4.
+        (["--no-tie", "--no-qkv-bias"], "163,009,536", "621.83", "total if tied"),
+    ],
+)
+def test_one_model_fits_a_screen(switches, total, megabytes, other, run):
+    code, out, _ = run("info", "gpt2", "--tokens", "1e9", "--flops", "1e12", *switches)
+    assert code == 0
+    assert len(out.splitlines()) <= 24
+    assert re.search(rf" total +{total}\n", out)
+    assert re.search(rf" float32 +MiB +{megabytes}\n", out)
+    assert other in out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "saved"])
+def test_overrides_are_fields_of_the_configuration(name, saved_model, run):
+    sizes = {"--n-layer": 5, "--n-head": 2, "--n-embd": 48, "--vocab-size": 70, "--block-size": 20}
+    arguments = [part for item in sizes.items() for part in item]
+    name = saved_model if name == "saved" else name
+    code, out, _ = run("info", "--json", name, *arguments, "--no-tie", "--no-qkv-bias")
+    config = ScratchGPTConfig(
+        n_layer=5, n_head=2, n_embd=48, vocab_size=70, n_ctx=20, qkv_bias=False
+    )
+    config.tie_word_embeddings = False
+    parameters = json.loads(out)[0]["parameters"]
+    assert (code, parameters["total"]) == (0, ScratchGPTForCausalLM(config).num_parameters())
 
 
 def test_more_models_than_fit_are_shown_in_several_tables(run):
@@ -49,6 +82,7 @@ def test_json_is_what_sizing_computes(run):
         assert entry["kv_cache_bytes_per_token"] == {"float32": cached, "bfloat16": cached // 2}
         training = sizing.training_flops_per_token(config, 100)
         assert entry["flops_per_token"]["training"] == training
+        assert entry["training_step"] == {"texts": 3, "tokens_of_a_text": 100, "tokens": 300}
         memory = entry["training_memory_bytes"]
         assert memory["peak"] == sizing.training_memory(config, 3, 100).peak
         assert entry["training_seconds"]["by_6N"] == 6 * counts.total * 1e9 / 2e12
@@ -70,6 +104,8 @@ def test_folders_of_our_models_and_of_gpt2_are_read(fixture, run, request):
         (["a/b/c"], r"no folder a/b/c"),
         (["./absent"], r"no folder ./absent"),
         (["/absent/too"], r"no folder /absent/too"),
+        (["gpt2", "--n-head", 7], r"num_attention_heads=7"),
+        (["gpt2", "--n-layer", 0], r"num_hidden_layers=0 is below 1"),
         (["gpt2", "--length", 1025], r"length=1025.*1024 positions"),
         (["gpt2", "--batch-size", 0], r"batch_size=0.*below 1"),
         (["gpt2", "--tokens", "1e9"], r"--flops.*both or neither"),

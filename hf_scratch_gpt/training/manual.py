@@ -1,0 +1,90 @@
+"""English that comes with every Python: its manual, and the docstrings of its standard library.
+
+The manual is `pydoc_data.topics`, from which `help("for")` prints. Both have Python's own licence.
+"""
+
+import ast
+import json
+import random
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from tokenizers import ByteLevelBPETokenizer
+
+from ..files import new_file
+from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
+from ..model.vocabulary_scratch_gpt import END_OF_TEXT
+
+# Tests, and what was installed beside the standard library.
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def python_texts() -> list[str]:
+    """The topics of the manual, and the docstrings of each module, without those met before."""
+    found, met = [text for _, text in sorted(topics.items())], set()
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if _SKIPPED.isdisjoint(path.relative_to(library).parts):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its source; they are for its authors
+                module = ast.parse(path.read_bytes())
+            fresh = [text for text in dict.fromkeys(_docstrings(module)) if text not in met]
+            met.update(fresh)
+            found.extend(["\n\n".join(fresh)] if fresh else [])
+    return found
+
+
+def _docstrings(node: _Documented) -> Iterator[str]:
+    """Those of `node` and of the classes and functions in it, from top to bottom."""
+    if text := ast.get_docstring(node):
+        yield text
+    for inner in node.body:
+        if isinstance(inner, _Documented):
+            yield from _docstrings(inner)
+
+
+def write_texts(folder: Path, validation: float) -> tuple[Path, Path]:
+    """Shuffle `python_texts` and write them to two files; one that is there stays as it is.
+
+    Args:
+        folder: where to write them.
+        validation: part of the characters to validate on, in texts of their own.
+
+    Returns:
+        The files to train and to validate on, with a JSON object a line, its text under "text".
+    """
+    paths = folder / "training.jsonl", folder / "validation.jsonl"
+    if not all(path.is_file() for path in paths):
+        left, held_out = python_texts(), list[str]()
+        random.Random(0).shuffle(left)
+        wanted = validation * sum(len(text) for text in left)
+        while sum(len(text) for text in held_out) < wanted:
+            held_out.append(left.pop())
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, part in zip(paths, (left, held_out), strict=True):
+            with new_file(path) as unfinished:
+                lines = (json.dumps({"text": text}) + "\n" for text in part)
+                unfinished.write_text("".join(lines), encoding="utf-8")
+    return paths
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts in a file of `write_texts`."""
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_tokenizer(texts: Sequence[str], size: int, folder: Path) -> ScratchGPTTokenizer:
+    """Train a byte-level BPE vocabulary of `size` tokens on `texts` and save it in `folder`."""
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        texts, vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = ScratchGPTTokenizer(*trained.save_model(str(folder)))
+    tokenizer.save_pretrained(folder)
+    return tokenizer

@@ -252,7 +252,16 @@ def _finish(
 
 
 class _Trainer(Trainer):
-    """Takes blocks in the order that accelerate would, in less memory."""
+    """Takes blocks in the order that accelerate would, in less memory; evaluates row by row."""
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Losses of rows in place of logits: with labels the model would compute the loss too."""
+        labels = inputs["labels"]
+        unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+        _, logits, _ = super().prediction_step(model, unlabelled, *args, **kwargs)
+        return None, losses_of_rows(logits, labels.to(logits.device)), labels
 
     def get_train_dataloader(self) -> DataLoader:
         from accelerate.data_loader import (  # type: ignore[import-untyped]  # it has no stubs
@@ -282,7 +291,6 @@ def _make_trainer(
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        preprocess_logits_for_metrics=losses_of_rows,
         compute_metrics=RunningLoss(),
         callbacks=[KeepFolder(kept), *callbacks],
     )

@@ -6,23 +6,17 @@ The same call runs in one process, and in each of several under `torchrun` or `a
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 from transformers.utils import logging
@@ -31,18 +25,15 @@ from ..files import without_progress_bars
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from . import adapters, setup
 from . import run_folder as runs
-from .blocks import Blocks, ShuffledOrder, whole_batches
+from .blocks import Blocks
 from .callbacks import (
-    KeepFolder,
-    RunningLoss,
     SampleText,
-    StopOnSignal,
     draw_loss,
-    losses_of_rows,
 )
 from .corpus import tokenize
 from .plan import TimeLeft, describe_plan
 from .texts import Sources
+from .trainer import make_trainer, run_to_end
 from .vocabularies import gpt2_vocabulary, is_recipe, make_vocabulary
 
 logger = logging.get_logger(__name__)
@@ -133,12 +124,9 @@ def train(
     """
     setup.check_installed()
     folder, lines = Path(output_dir), list[str]()
-    if tokenizer is None and not setup.has_tokenizer(model):
-        tokenizer = gpt2_vocabulary() or "bpe"
-    if isinstance(tokenizer, str) and is_recipe(tokenizer):
-        texts = [*_listed(sources), *_listed(validation)]
-        tokenizer = make_vocabulary(tokenizer, texts, text_field, cache_dir, lines.append)
-    encoder = copy.copy(setup.load_tokenizer(tokenizer, model))
+    texts = [*_listed(sources), *_listed(validation)]
+    chosen = _choose_tokenizer(tokenizer, model, texts, text_field, cache_dir, lines.append)
+    encoder = copy.copy(chosen)
     config, trained = setup.load_start(model, encoder, overrides)
     if lora is not None and trained is None:
         raise ValueError(f"lora={lora} adapts pretrained weights; give those of a saved model")
@@ -169,7 +157,7 @@ def train(
     model = ScratchGPTForCausalLM(config) if trained is None else trained
     if lora is not None:
         model, arguments.label_names = adapters.with_adapter(model, lora), ["labels"]
-    trainer = _make_trainer(model, encoder, arguments, blocks, held_out, callbacks)
+    trainer = make_trainer(model, encoder, arguments, blocks, held_out, callbacks)
     total = setup.resolve_steps(trainer)
     begun = runs.step_of(checkpoint)
     notice(describe_plan(model, arguments, blocks, held_out, total, begun))
@@ -177,12 +165,29 @@ def train(
     if sample_prompt is not None:
         every = max(1, math.ceil(sample_steps * (total if sample_steps < 1 else 1)))
         trainer.add_callback(SampleText(encoder, sample_prompt, every, on_sample))
-    if progress is None:
-        return _run(trainer, checkpoint, merge_lora)
-    trainer.remove_callback(PrinterCallback)  # which prints where bars are disabled
-    trainer.add_callback(progress)
-    with without_progress_bars():
-        return _run(trainer, checkpoint, merge_lora)
+    if progress is not None:
+        trainer.remove_callback(PrinterCallback)  # which prints where bars are disabled
+        trainer.add_callback(progress)
+    with nullcontext() if progress is None else without_progress_bars():
+        interrupted = run_to_end(trainer, checkpoint, merge_lora)
+    reached = trainer.state
+    return TrainingResult(folder, reached.global_step, reached.log_history, interrupted, begun)
+
+
+def _choose_tokenizer(
+    tokenizer: setup.Tokenizer | None,
+    model: setup.Model,
+    texts: Sources,
+    text_field: str,
+    cache_dir: str | os.PathLike[str] | None,
+    notice: Callable[[str], None],
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `train` is given, or the one for what it is given."""
+    if tokenizer is None and not setup.has_tokenizer(model):
+        tokenizer = gpt2_vocabulary() or "bpe"
+    if isinstance(tokenizer, str) and is_recipe(tokenizer):
+        return make_vocabulary(tokenizer, texts, text_field, cache_dir, notice)
+    return setup.load_tokenizer(tokenizer, model)
 
 
 def _listed(sources: float | Sources | None) -> Sequence[str | os.PathLike[str]]:
@@ -249,108 +254,3 @@ def _finish(
     draw_loss(reached.log_history, folder / runs.CURVE)
     reached.save_to_json(str(folder / runs.STATE))
     return reached
-
-
-class _Trainer(Trainer):
-    """Takes blocks in the order that accelerate would, in less memory; evaluates row by row."""
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Losses of rows in place of logits: with labels the model would compute the loss too."""
-        labels = inputs["labels"]
-        unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-        _, logits, _ = super().prediction_step(model, unlabelled, *args, **kwargs)
-        return None, losses_of_rows(logits, labels.to(logits.device)), labels
-
-    def get_train_dataloader(self) -> DataLoader:
-        from accelerate.data_loader import (  # type: ignore[import-untyped]  # it has no stubs
-            SeedableRandomSampler,
-        )
-
-        loader: Any = super().get_train_dataloader()
-        order = loader.get_sampler()
-        if type(order) is SeedableRandomSampler:
-            loader.set_sampler(ShuffledOrder(len(order), order.initial_seed))
-        return loader
-
-
-def _make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: TrainingArguments,
-    blocks: Blocks,
-    held_out: Blocks | None,
-    callbacks: Sequence[TrainerCallback],
-) -> Trainer:
-    kept, arguments.save_total_limit = arguments.save_total_limit, None
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=whole_batches(blocks, runs.batch_size(arguments)),
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        compute_metrics=RunningLoss(),
-        callbacks=[KeepFolder(kept), *callbacks],
-    )
-    if arguments.fsdp and not trainer.is_fsdp_enabled:
-        logger.warning("fsdp shards only on accelerators; here each process keeps all weights")
-    return trainer
-
-
-@contextmanager
-def _as_before(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model`, which may be the caller's, cache and save afterwards as it did before."""
-    kept = model._keys_to_ignore_on_save
-    # A checkpoint holds tied weights once; the Trainer would warn that the others are missing.
-    model._keys_to_ignore_on_save = (kept or set()) | model.all_tied_weights_keys.keys()
-    try:
-        yield
-    finally:
-        model._keys_to_ignore_on_save = kept
-        model.config.use_cache = True  # the Trainer has turned it off
-
-
-def _run(trainer: Trainer, checkpoint: Path | None, merge_lora: bool) -> TrainingResult:
-    """Train, from `checkpoint` on if there is one, and save."""
-    from ..engine.swap import optimize_for_training, restore
-
-    model_class, folder = type(trainer.model), Path(trainer.args.output_dir)
-    with _as_before(trainer.model), StopOnSignal(announce=trainer.is_world_process_zero()) as stop:
-        trainer.add_callback(stop)
-        with ExitStack() as engine:
-            is_ours = isinstance(trainer.model, ScratchGPTForCausalLM)
-            is_whole = not (trainer.is_fsdp_enabled or trainer.args.torch_compile)
-            if is_ours and is_whole and trainer.args.device.type == "cpu":
-                # The caller may have optimized it for generation.
-                optimize_for_training(restore(trainer.model))
-                engine.callback(restore, trainer.model)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        state = trainer.state
-        interrupted = stop.stopped and state.global_step < state.max_steps
-        if not interrupted:
-            _save(trainer, model_class, merge_lora)
-        trainer.accelerator.wait_for_everyone()
-    before = runs.step_of(checkpoint)
-    return TrainingResult(folder, state.global_step, state.log_history, interrupted, before)
-
-
-def _save(trainer: Trainer, model_class: type[PreTrainedModel], merge_lora: bool) -> None:
-    """Save model and tokenizer, also where FSDP has changed the class and sharded the weights."""
-    trainer.model.config.use_cache = True  # the Trainer has turned it off
-    if merge_lora:
-        if trainer.args.should_save:
-            trainer.model.merge_and_unload().save_pretrained(trainer.args.output_dir)
-            trainer.processing_class.save_pretrained(trainer.args.output_dir)
-    elif not trainer.is_fsdp_enabled:
-        trainer.save_model()
-    else:
-        weights = trainer.accelerator.get_state_dict(trainer.model)
-        if trainer.args.should_save:
-            with torch.device("meta"):
-                model = model_class(trainer.model.config)
-            model.generation_config = trainer.model.generation_config
-            model.save_pretrained(trainer.args.output_dir, state_dict=weights)
-            trainer.processing_class.save_pretrained(trainer.args.output_dir)
-    trainer.save_state()  # last, as it says that all is there

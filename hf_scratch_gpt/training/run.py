@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     TrainerState,

@@ -9,6 +9,7 @@ import random
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,18 +26,27 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def python_texts() -> list[str]:
-    """The topics of the manual, and the docstrings of each module, without those met before."""
-    found, met = [text for _, text in sorted(topics.items())], set()
+    """The topics of the manual, and a text of each module's docstrings; no paragraph comes twice.
+
+    Topics hold sections that are topics too, and docstrings are copied from class to class.
+    """
+    found, met = [], set()
+    for text in chain((topics[name] for name in sorted(topics)), _of_modules()):
+        fresh = [part for part in dict.fromkeys(text.split("\n\n")) if part not in met]
+        met.update(fresh)
+        found.append("\n\n".join(fresh))
+    return [text for text in found if text.strip()]
+
+
+def _of_modules() -> Iterator[str]:
+    """The docstrings of each module of the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if _SKIPPED.isdisjoint(path.relative_to(library).parts):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its source; they are for its authors
                 module = ast.parse(path.read_bytes())
-            fresh = [text for text in dict.fromkeys(_docstrings(module)) if text not in met]
-            met.update(fresh)
-            found.extend(["\n\n".join(fresh)] if fresh else [])
-    return found
+            yield "\n\n".join(_docstrings(module))
 
 
 def _docstrings(node: _Documented) -> Iterator[str]:

@@ -26,6 +26,8 @@ def test_bad_options_are_refused(options, message, assert_refused):
     assert_refused(message, "serve", "/nowhere", *options)
 
 
-def test_the_extra_is_named_where_it_is_missing(assert_refused, monkeypatch):
+def test_the_extra_is_named_where_it_is_missing(run, monkeypatch):
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
-    assert_refused("pip install 'hf_scratch_gpt[serve]'", "serve", "gpt2")
+    code, _, error = run("serve", "gpt2")
+    assert code == 1
+    assert error.endswith("pip install 'hf_scratch_gpt[serve]'\n")

@@ -2,7 +2,7 @@
 
 import sys
 
-from hf_scratch_gpt.checkpoints.commands import export_command as main
+from hf_scratch_gpt.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["export", *sys.argv[1:]])

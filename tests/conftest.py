@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from hf_scratch_gpt.checkpoints.bundled import BUNDLED
-from hf_scratch_gpt.checkpoints.commands import convert_command
 
+from .commands import convert
 from .models import random_gpt2, random_model
 
 transformers_logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def openai_tiny() -> Path:
 def converted_tiny(tmp_path_factory, openai_tiny) -> Path:
     """`openai_tiny`, converted."""
     folder = tmp_path_factory.mktemp("converted") / "tiny"
-    assert convert_command([str(openai_tiny), str(folder)]) == 0
+    assert convert([str(openai_tiny), str(folder)]) == 0
     return folder
 
 

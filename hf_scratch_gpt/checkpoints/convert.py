@@ -12,7 +12,8 @@ from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .assemble import common_dtype, num_parameters, plan, plan_export
 from .digests import sha256
-from .hf_gpt2 import OFFICIAL, read_hf_gpt2
+from .hf_gpt2 import read_hf_gpt2
+from .hub import hub_id
 from .saved import read_saved, save_all_but_weights
 from .sources import GPT2Source, told_as_error
 from .verify import gpt2_config, verify
@@ -46,7 +47,8 @@ def convert(
         Lines that tell what was read, dropped, checked and written.
 
     Raises:
-        ValueError: a tensor is missing, left over, misshapen or not finite, or the logits differ.
+        ValueError: a tensor is missing, left over, misshapen or not finite.
+        RuntimeError: the logits differ.
     """
     planned = plan(source)
     dtype, parameters = dtype or common_dtype(planned), num_parameters(planned)
@@ -114,7 +116,7 @@ in {str(dtype).removeprefix("torch.")}.
 def name_of(source: str) -> str:
     """The name to give to the file, folder or hub id `source` wherever the result goes."""
     path = Path(source)
-    return path.resolve().name if path.exists() else OFFICIAL.get(source, source)
+    return path.resolve().name if path.exists() else hub_id(source)
 
 
 def export(source: Path, out: Path, overwrite: bool = True) -> list[str]:
@@ -127,7 +129,8 @@ def export(source: Path, out: Path, overwrite: bool = True) -> list[str]:
         Lines that tell what was checked and written.
 
     Raises:
-        ValueError: `source` is not a model of ours or is damaged, or the logits differ.
+        ValueError: `source` is not a model of ours, or is damaged.
+        RuntimeError: the logits differ.
     """
     config, stored = read_saved(source)
     planned = plan_export(stored, config)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from .pickles import is_archive
@@ -16,39 +17,43 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def unchecked_files(paths: list[Path]) -> list[str]:
+def unchecked_files(paths: list[Path], known: Mapping[str, str]) -> list[str]:
     """Those files of `paths` in which a flipped bit would go unnoticed.
 
     The others have checksums of their own, as archives of torch.save do, or a digest is recorded
-    for them: in `SHA256SUMS` or `NAME.sha256` beside the file, as sha256sum writes them, or where
-    the hub's client keeps what the hub says. A ValueError tells which file differs from that.
+    for them: in `known`, by their paths; in `SHA256SUMS` or `NAME.sha256` beside the file, as
+    sha256sum writes them; or where the hub's client keeps what the hub says. A ValueError tells
+    which file differs from that.
     """
     unchecked = []
     for path in paths:
-        recorded, where = _recorded(path)
+        digest = known.get(str(path))
+        recorded, where = (digest, "OpenAI's weights have") if digest else _recorded(path)
         if recorded is None:
             if not is_archive(path):
                 unchecked.append(str(path))
         elif (found := sha256(path)) != recorded:
-            difference = f"{path} has the SHA-256 {found}, and {where} says {recorded}"
-            raise ValueError(f"{difference}: it is damaged; fetch it again")
+            raise ValueError(
+                f"{path} has the SHA-256 {found}, and {where} {recorded}: it is damaged; remove "
+                "it and fetch it again"
+            )
     return unchecked
 
 
 def _recorded(path: Path) -> tuple[str | None, str]:
-    """The digest recorded for `path`, if any, and where."""
+    """The digest recorded for `path`, if any, and who says so."""
     for sums in (path.with_name("SHA256SUMS"), path.with_name(f"{path.name}.sha256")):
         for line in _lines(sums):
             digest, _, name = line.lower().partition(" ")
             if _SHA256.fullmatch(digest) and name.lstrip(" *") in ("", "-", path.name.lower()):
-                return digest, str(sums)
+                return digest, f"{sums} says"
     # The hub's client names large files in its cache, and their entity tags, by their digest.
     if path.is_symlink() and _SHA256.fullmatch(path.resolve().name):
-        return path.resolve().name, "the hub"
+        return path.resolve().name, "the Hub says"
     metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     lines = _lines(metadata)
     if len(lines) > 1 and _SHA256.fullmatch(lines[1]):
-        return lines[1], str(metadata)
+        return lines[1], f"{metadata} says"
     return None, ""
 
 

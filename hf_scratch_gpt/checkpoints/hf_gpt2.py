@@ -5,23 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import GPT2Config
 
-from ..model.configuration_scratch_gpt import PRESET_ALIASES, ScratchGPTConfig
+from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.vocabulary_scratch_gpt import read_json, read_text
 from .folders import check_texts
+from .hub import DIGESTS, fetch, hub_id
 from .pickles import Pickle
 from .sources import WRAPPERS, GPT2Source, StoredTensor, by_plain_name, gpt2, told_as_error
 from .vocabularies import has_vocabulary, take_vocabulary
 
-# OpenAI's sizes on the hub.
-OFFICIAL = {
-    size: f"openai-community/{PRESET_ALIASES[size]}" for size in ("124M", "355M", "774M", "1558M")
-}
 _LARGEST_HEADER = 1 << 22  # that of GPT-2's largest size takes 80 thousand bytes
-_FILES = ["*.json", "*.txt", "*.tiktoken", "*.model"]
 # What a config.json says of the model itself, by GPT-2's names and transformers' general ones.
 _KEPT = {*GPT2Config.__annotations__, *GPT2Config.attribute_map}
 # What every config.json has besides.
@@ -38,9 +33,8 @@ _OTHER_HEADS = {
 
 def read_hf_gpt2(source: str) -> GPT2Source:
     """Open the folder or hub id `source`, with its vocabulary if it has one."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _download(OFFICIAL.get(source, source))
+    is_here = Path(source).is_dir()
+    folder = Path(source) if is_here else fetch(source)
     check_texts(folder)
     fields = _fields(folder)
     kept = {name: value for name, value in fields.items() if name in _KEPT}
@@ -53,6 +47,9 @@ def read_hf_gpt2(source: str) -> GPT2Source:
     for head in opened.tensors.keys() & _OTHER_HEADS.keys():
         remedy = f"load it with {_OTHER_HEADS[head]}.from_pretrained, and call save_pretrained"
         raise ValueError(f"{folder} has the head of another task, {head}; {remedy}")
+    if not is_here and (digest := DIGESTS.get(hub_id(source))):
+        opened.digests[str(folder / "model.safetensors")] = digest
+        opened.notes.append(f"matched  {hub_id(source)}, OpenAI's weights by their SHA-256")
     if left_out := sorted(fields.keys() - _KEPT - _USUAL):
         opened.notes.append(f"left out {', '.join(left_out)} of config.json")
     if config.tie_word_embeddings:
@@ -81,14 +78,6 @@ def _fields(folder: Path) -> dict[str, Any]:
     if kind != "gpt2":
         raise ValueError(f"{folder} is a model of type {kind!r}; only GPT-2 can be converted")
     return fields
-
-
-def _download(hub_id: str) -> Path:
-    """The folder to which the hub's `hub_id` was fetched, with one kind of weight files."""
-    folder = Path(snapshot_download(hub_id, allow_patterns=[*_FILES, "*.safetensors"]))
-    if not any(folder.glob("*.safetensors")):
-        folder = Path(snapshot_download(hub_id, allow_patterns=[*_FILES, "*.bin"]))
-    return folder
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:

@@ -101,7 +101,7 @@ def open_source(
     opened = read(source, **given)
     if kind != "openai":  # its checkpoints have checksums of their own
         files = {tensor.file for tensor in opened.tensors.values()}
-        opened.unchecked = unchecked_files([Path(file) for file in sorted(files)])
+        opened.unchecked = unchecked_files([Path(file) for file in sorted(files)], opened.digests)
     if tokenizer is not None:
         take_vocabulary(opened, tokenizer)
     if opened.tokenizer is not None and len(opened.tokenizer) > opened.config.vocab_size:

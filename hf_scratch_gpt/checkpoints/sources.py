@@ -72,6 +72,7 @@ class GPT2Source:
         biases_optional: whether a missing bias is a bias of zeros.
         tokenizer: the vocabulary that came with it.
         tokenizer_files: what to copy in its place.
+        digests: SHA-256 that files must have, by their paths.
         unchecked: files without a checksum, in their format or in a list of digests.
     """
 
@@ -86,6 +87,7 @@ class GPT2Source:
     biases_optional: bool = False
     tokenizer: PreTrainedTokenizerFast | None = None
     tokenizer_files: list[Path] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
     unchecked: list[str] = field(default_factory=list)
 
     def adopt(self, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -40,14 +40,15 @@ def verify(source: GPT2Source, folder: Path) -> str:
     """Compare the logits of `source` and of the model saved in `folder`; how far they differ.
 
     Raises:
-        ValueError: they differ by more than rounding or in a size, or `folder` is damaged.
+        RuntimeError: they differ by more than rounding, or in a size.
+        ValueError: `folder` is damaged.
     """
     config, stored = read_saved(folder)
     for name in _AGREEING:
         theirs, ours = getattr(source.theirs, name), getattr(config, name)
         if GELU_FORMS.get(theirs, theirs) != GELU_FORMS.get(ours, ours):
             difference = f"{folder} has {name}={ours}, and {source.path} {theirs}"
-            raise ValueError(f"{difference}; convert it anew")
+            raise RuntimeError(f"{difference}; convert it anew")
     dtype = config.dtype or torch.float32
 
     def read_theirs(name: str) -> torch.Tensor:
@@ -66,7 +67,7 @@ def verify(source: GPT2Source, folder: Path) -> str:
     largest, mean = differences.max().item(), differences.mean().item()
     limit = _TOLERANCE * max(1.0, expected.abs().max().item())
     if not largest <= limit:
-        raise ValueError(
+        raise RuntimeError(
             f"{folder}: logits differ from the source's by {largest:.3g}, more than {limit:.3g}; "
             "the conversion is wrong"
         )

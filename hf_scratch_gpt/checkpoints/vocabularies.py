@@ -6,9 +6,9 @@ Files of another kind, such as BertTokenizer's, are copied as they are, for tran
 
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..characters import character_tokenizer
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import read_json, read_text
 from .pickles import plain_content
@@ -85,8 +85,4 @@ def read_characters(path: Path) -> PreTrainedTokenizerFast:
             raise ValueError("stoi has tokens that are not characters")
         if sorted(ids.values()) != list(range(len(ids))):
             raise ValueError("the ids in stoi do not count from 0 on")
-        backend = Tokenizer(models.WordLevel(ids))
-    # A character that has no id is an error, as it is in nanoGPT.
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+        return character_tokenizer(ids)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from ..evaluation import Evaluation
 
 
@@ -17,7 +18,7 @@ def evaluate(
     texts: Annotated[
         list[str],
         typer.Argument(
-            metavar="TEXT...", help="Text, .jsonl or .parquet files, folders, or a Hub data set."
+            metavar="TEXT", help="Text, .jsonl or .parquet files, folders, or a Hub data set."
         ),
     ],
     window: Annotated[
@@ -57,14 +58,16 @@ def evaluate(
         _show(console, result)
 
 
-def _progress() -> Progress:
+def _progress() -> "Progress":
     """A bar on standard error, in a terminal only."""
+    from rich import progress
+
     console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,

@@ -8,7 +8,9 @@ import typer
 def serve(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of ours or a GPT-2.")],
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")
+    ] = 8000,
     at_once: Annotated[
         int, typer.Option(help="Texts to write together, by continuous batching.")
     ] = 1,
@@ -33,4 +35,6 @@ def serve(
 
     from .server import build_app
 
-    uvicorn.run(build_app(model, at_once, fast=fast, weights=weights), host=host, port=port)
+    app = build_app(model, at_once, fast=fast, weights=weights)
+    # Unlike `uvicorn.run`, this ends with Ctrl-C's exit code, and with 1 where it cannot listen.
+    uvicorn.Server(uvicorn.Config(app, host=host, port=port)).run()

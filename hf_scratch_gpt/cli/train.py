@@ -1,9 +1,12 @@
 """`hf-scratch-gpt train`, and `clear-cache` of what it keeps."""
 
+import inspect
 import os
+import re
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,20 +14,56 @@ from rich.console import Console
 if TYPE_CHECKING:
     from ..training.run import TrainingResult
 
+# Options whose names in Python are others.
+_SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
+_FLAGS = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+}
+
 
 def train(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE",
-            help="Text, .jsonl or .parquet files, folders, or a Hub data set; after them any flag "
-            "of transformers' TrainingArguments, such as --learning-rate 1e-3.",
+            metavar="TEXT...",
+            help="Text, .jsonl or .parquet files, folders, or a Hub data set; beside them any flag "
+            "of transformers' TrainingArguments, such as --weight-decay 0.01.",
         ),
     ],
     output_dir: Annotated[Path, typer.Option(help="Folder of the run; resumes one begun.")],
-    model: Annotated[str, typer.Option(help="Preset, or folder or Hub id.")] = "gpt2",
-    tokenizer: Annotated[str | None, typer.Option(help="Its folder or Hub id.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens of an example.")] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(help="Start from pretrained weights: a folder, a Hub id, or gpt2."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Fresh weights of a published size: gpt2, gpt3-small, ...")
+    ] = None,
+    model: Annotated[str | None, typer.Option(hidden=True)] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub id; or made of the texts: char, bpe, or bpe:4096.  [default: that "
+            "of the weights; GPT-2's if it is on this machine, else bpe]",
+        ),
+    ] = None,
+    n_layer: Annotated[int | None, typer.Option(help="Blocks of fresh weights.")] = None,
+    n_head: Annotated[int | None, typer.Option(help="Attention heads in each.")] = None,
+    n_embd: Annotated[int | None, typer.Option(help="Width of a token's vector.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens of an example, and positions of fresh weights.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Times through the texts.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a step, per device.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train a LoRA adapter of the pretrained weights.")
+    ] = False,
+    lora_r: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
+    lora_merge: Annotated[
+        bool, typer.Option("--lora-merge", help="Add it to the weights at the end.")
+    ] = False,
     validation: Annotated[str, typer.Option(help="Part to validate on, or other texts.")] = "0.05",
     validation_tokens: Annotated[int, typer.Option(help="Tokens of that at most.")] = 1_000_000,
     text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
@@ -33,7 +72,8 @@ def train(
 ) -> None:
     """Train a GPT on texts; Ctrl-C stops it with a checkpoint.
 
-    The same command goes on from there. Runs under torchrun too.
+    The same command goes on from there; with more --epochs or --max-steps it lengthens a finished
+    run. Without a model's name it trains a small one, of 4 blocks. Runs under torchrun too.
     """
     import torch.distributed
 
@@ -41,14 +81,18 @@ def train(
     from ..training import run, setup
     from .progress import TerminalProgress
 
-    check_model(model)
-    place = next((i for i, source in enumerate(sources) if source.startswith("-")), len(sources))
-    console = Console(highlight=False, markup=False)
+    told = Console(highlight=False, markup=False, stderr=True)
+    sizes = {_SIZES["n_layer"]: n_layer, _SIZES["n_head"]: n_head, _SIZES["n_embd"]: n_embd}
+    shortcuts = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     try:
+        start, overrides = _start(init_from, preset or model, _given(sizes), block_size)
+        check_model(str(start))
+        texts, flags = setup.part_words(sources)
         result = run.train(
-            sources[:place],
+            texts,
             output_dir,
-            model=model,
+            model=start,
+            overrides=overrides,
             tokenizer=tokenizer,
             block_size=block_size,
             validation=_number_or_text(validation),
@@ -56,16 +100,73 @@ def train(
             text_field=text_field,
             sample_prompt=sample_prompt,
             sample_steps=sample_steps,
-            on_sample=lambda step, text: console.print(f"step {step} writes: {text}"),
-            on_notice=partial(console.print, soft_wrap=True),
-            progress=TerminalProgress(console),
-            **setup.parse_flags(sources[place:]),
+            lora=lora_r if lora else None,
+            merge_lora=lora_merge,
+            on_sample=lambda step, text: told.print(f"step {step} writes: {text}"),
+            on_notice=partial(told.print, soft_wrap=True),
+            progress=TerminalProgress(told),
+            **_with_shortcuts(flags, shortcuts),
         )
+    except ValueError as error:
+        raise ValueError(in_options(str(error))) from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
-        console.print(_end_of(result))
+        typer.echo(_end_of(result), err=result.interrupted)
+    if result.interrupted:
+        raise typer.Exit(130)  # as of Ctrl-C elsewhere
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _start(
+    init_from: str | None, preset: str | None, sizes: dict[str, int], block_size: int | None
+) -> tuple[Any, dict[str, int] | None]:
+    """The model to start from, and in which sizes it differs from the preset of this name."""
+    from ..training import setup
+
+    if init_from and preset:
+        raise ValueError("--init-from has weights and --preset has none; give one of the two")
+    if init_from or (preset and setup.is_saved(preset)):
+        if sizes:
+            names = " and ".join(map(in_options, sizes))
+            raise ValueError(f"{names} cannot change the sizes of pretrained weights; leave it out")
+        return setup.pretrained(init_from or preset or ""), None
+    if preset:
+        return preset, sizes
+    positions = _given({"max_position_embeddings": block_size})
+    return "gpt2", {**setup.SMALL, **sizes, **positions}
+
+
+def _with_shortcuts(flags: dict[str, Any], shortcuts: dict[str, Any]) -> dict[str, Any]:
+    """Flags of `TrainingArguments`, with those that have a short name here."""
+    for short, value in _given(shortcuts).items():
+        if _FLAGS[short] in flags:
+            raise ValueError(f"{in_options(short + '=')} is {in_options(_FLAGS[short])}; give one")
+        flags[_FLAGS[short]] = value
+    return flags
+
+
+def in_options(text: str) -> str:
+    """What Python says of arguments, in words of the command line: "block_size=8" is an option."""
+    from ..training.run import train as in_python
+    from ..training.setup import TrainingArguments
+
+    names = [*inspect.signature(in_python).parameters, *_FLAGS]
+    names += [field.name for field in fields(TrainingArguments)]
+    options = {name: name for name in names} | {field: option for option, field in _SIZES.items()}
+    options["max_position_embeddings"] = "block_size"
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if not value and "_" not in name:
+            return found[0]  # a word of English
+        return f"--{options[name].replace('_', '-')}{' ' if value else ''}"
+
+    return re.sub(rf"(?<![\w/.'-])({'|'.join(options)})(= ?|(?![\w/.'-]))", option, text)
 
 
 def _number_or_text(text: str) -> float | str:

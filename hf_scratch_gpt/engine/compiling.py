@@ -25,6 +25,16 @@ _FLAGS = (
 )
 
 
+def can_compile() -> bool:
+    """Whether a C++ compiler is there; whether it can compile this, `compiled` finds out."""
+    return shutil.which((_compiler() or [""])[0]) is not None
+
+
+def _compiler() -> list[str]:
+    """The command of the compiler that is asked for, or else of the first that is there."""
+    return shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, _COMPILERS))[:1]
+
+
 @functools.cache
 def compiled() -> ctypes.CDLL:
     """The library that `one_token.cpp` makes; once in a process.
@@ -33,8 +43,8 @@ def compiled() -> ctypes.CDLL:
         FileNotFoundError: there is no C++ compiler.
         RuntimeError: the compiler does not compile it, or the result cannot be loaded.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, _COMPILERS))[:1]
-    if not compiler or shutil.which(compiler[0]) is None:
+    compiler = _compiler()
+    if not can_compile():
         raise FileNotFoundError(
             f"no C++ compiler is there ({', '.join(compiler or _COMPILERS)}) to compile a step of "
             "generation with; install g++, or name a compiler in the environment variable CXX"

@@ -236,6 +236,6 @@ def _quantize(model: PreTrainedModel, weights: str) -> None:
         from torchao import quantization
     except ImportError:
         raise ImportError(
-            f"weights={weights!r} needs torchao on a GPU; pip install torchao"
+            f"weights={weights!r} needs torchao on a GPU; pip install 'hf_scratch_gpt[torchao]'"
         ) from None
     quantization.quantize_(model, getattr(quantization, f"{FORMATS[weights]}WeightOnlyConfig")())

@@ -103,6 +103,12 @@ def tokenize(
 
 
 def _cache_key(found: list[Any], tokenizer: PreTrainedTokenizerBase, field: str) -> str:
+    key = json.dumps([_FORMAT, fingerprint(tokenizer), field, places_of(found)], default=str)
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def places_of(found: list[Any]) -> list[Any]:
+    """What tells whether the sources that `find` returned are the same as before."""
     places = []
     for source in found:
         kind, files = "file", [source]
@@ -112,8 +118,7 @@ def _cache_key(found: list[Any], tokenizer: PreTrainedTokenizerBase, field: str)
         paths = [Path(file).resolve() for file in files]
         stats = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         places.append([kind, *stats])
-    key = json.dumps([_FORMAT, fingerprint(tokenizer), field, places], default=str)
-    return hashlib.sha256(key.encode()).hexdigest()[:32]
+    return places
 
 
 def _cached(path: Path) -> TokenFile | None:
@@ -216,7 +221,9 @@ def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> int:
     """
     folder, removed = CACHE if cache_dir is None else Path(cache_dir), 0
     for path in [*folder.glob("*")]:
-        if name := re.fullmatch(r"([0-9a-f]{32})\.(ids|json|ids\.unfinished)", path.name):
+        if name := re.fullmatch(
+            r"([0-9a-f]{32})\.(ids|json|ids\.unfinished|vocabulary)", path.name
+        ):
             lock = FileLock(folder / f"{name[1]}.ids.lock", timeout=0)
             with suppress(Timeout, FileNotFoundError), lock:
                 size = path.stat().st_size

@@ -6,42 +6,36 @@ The same call runs in one process, and in each of several under `torchrun` or `a
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 from transformers.utils import logging
 
 from ..files import without_progress_bars
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
+from . import adapters, setup
 from . import run_folder as runs
-from . import setup
-from .blocks import Blocks, ShuffledOrder, whole_batches
+from .blocks import Blocks
 from .callbacks import (
-    KeepFolder,
-    RunningLoss,
     SampleText,
-    StopOnSignal,
     draw_loss,
-    losses_of_rows,
 )
 from .corpus import tokenize
+from .plan import TimeLeft, describe_plan
 from .texts import Sources
+from .trainer import make_trainer, run_to_end
+from .vocabularies import gpt2_vocabulary, is_recipe, make_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +78,8 @@ def train(
     cache_dir: str | os.PathLike[str] | None = None,
     sample_prompt: str | None = None,
     sample_steps: float = 0.1,
+    lora: int | None = None,
+    merge_lora: bool = False,
     on_sample: Callable[[int, str], None] | None = None,
     on_notice: Callable[[str], None] = logger.info,
     progress: TrainerCallback | None = None,
@@ -93,8 +89,9 @@ def train(
     """Train a language model on texts and save it, with its tokenizer, in `output_dir`.
 
     Started again with the same arguments, it goes on from the last checkpoint, with the losses of
-    an uninterrupted run; a finished run is left as it is. Ctrl-C or SIGTERM ends it with a
-    checkpoint. The folder also gets `loss.png` and, where tensorboard is installed, `runs`.
+    an uninterrupted run; a finished run is left as it is, or goes on if more steps or epochs are
+    asked for. Ctrl-C or SIGTERM ends it with a checkpoint. The folder also gets `loss.png` and,
+    where tensorboard is installed, `runs`.
 
     Args:
         sources: texts to train on: files, folders or data sets, see `texts.find`.
@@ -103,15 +100,21 @@ def train(
             of a saved model, or a model. A preset takes its special tokens from the tokenizer, and
             its number of tokens too, where that is smaller.
         overrides: fields of the configuration that differ from the preset's.
-        tokenizer: a folder, hub id or tokenizer; that of the saved model if not given.
+        tokenizer: a folder, hub id or tokenizer; or what `make_vocabulary` makes of the texts, by
+            the names "char", "bpe" and "bpe:4096". If not given, that of the saved model; for fresh
+            weights GPT-2's own, if it is in Hugging Face's cache, else "bpe".
         block_size: tokens in a training example; as many as the model has positions if not given.
         validation: which part of the blocks, from the end, to validate on; or other texts; or None.
         validation_tokens: validate on so many tokens of that at most, spread evenly over it.
         text_field, cache_dir: see `tokenize`.
         sample_prompt: a text that the model continues every `sample_steps` steps (below 1: that
             part of all steps).
+        lora: train an adapter of this rank (LoRA, Hu et al. 2021) for the query, key, value and
+            output projections of a saved model, by PEFT, and save it alone.
+        merge_lora: add the adapter to the weights at the end, and save the whole model.
         on_sample: is called with the step and the sample; if not given, it is logged.
-        on_notice: is called with a line that says where token ids are, and what is validated on.
+        on_notice: is called with lines that say where token ids are, what is validated on, and what
+            the training will take.
         progress: shows how training goes, in place of the progress bars of others.
         callbacks: more callbacks for the Trainer.
         training_arguments: those of `TrainingArguments`, over `setup.DEFAULTS`.
@@ -121,9 +124,15 @@ def train(
         ImportError: a package is missing.
     """
     setup.check_installed()
-    folder = Path(output_dir)
-    encoder = copy.copy(setup.load_tokenizer(tokenizer, model))
+    folder, lines = Path(output_dir), list[str]()
+    texts = [*_listed(sources), *_listed(validation)]
+    chosen = _choose_tokenizer(tokenizer, model, texts, text_field, cache_dir, lines.append)
+    encoder = copy.copy(chosen)
     config, trained = setup.load_start(model, encoder, overrides)
+    if lora is not None and trained is None:
+        raise ValueError(f"lora={lora} adapts pretrained weights; give those of a saved model")
+    if merge_lora and lora is None:
+        raise ValueError("merge_lora=True merges the adapter of lora=; give both")
     encoder.model_max_length = min(encoder.model_max_length, config.max_position_embeddings)
     size = setup.checked_block_size(block_size, config)
     arguments = setup.make_arguments(folder, trained is None, bool(validation), training_arguments)
@@ -134,26 +143,59 @@ def train(
     elif validation is not None:
         held_out = Blocks(tokenize(validation, encoder, text_field, cache_dir), size)
     notice = on_notice if arguments.process_index == 0 else logger.debug
+    for line in lines:
+        notice(line)
     held_out = _bounded(blocks, held_out, validation_tokens, notice)
-    run = runs.describe(config, trained, encoder, arguments, blocks, held_out)
-    state, checkpoint = setup.on_first_process(arguments, lambda: _enter(folder, run, arguments))
+    run = runs.describe(config, trained, encoder, arguments, blocks, held_out, lora)
+    state, checkpoint = setup.on_first_process(
+        arguments, lambda: _enter(folder, run, arguments, merge_lora)
+    )
     if state is not None:
         steps = state.global_step
         return TrainingResult(folder, steps, state.log_history, False, went_on_from=steps)
     arguments.disable_tqdm |= progress is not None
     set_seed(arguments.seed)
     model = ScratchGPTForCausalLM(config) if trained is None else trained
-    trainer = _make_trainer(model, encoder, arguments, blocks, held_out, callbacks)
+    if lora is not None:
+        model, arguments.label_names = adapters.with_adapter(model, lora), ["labels"]
+    trainer = make_trainer(model, encoder, arguments, blocks, held_out, callbacks)
     total = setup.resolve_steps(trainer)
+    begun = runs.step_of(checkpoint)
+    notice(describe_plan(model, arguments, blocks, held_out, total, begun))
+    trainer.add_callback(TimeLeft(notice))
     if sample_prompt is not None:
         every = max(1, math.ceil(sample_steps * (total if sample_steps < 1 else 1)))
         trainer.add_callback(SampleText(encoder, sample_prompt, every, on_sample))
-    if progress is None:
-        return _run(trainer, checkpoint)
-    trainer.remove_callback(PrinterCallback)  # which prints where bars are disabled
-    trainer.add_callback(progress)
-    with without_progress_bars():
-        return _run(trainer, checkpoint)
+    if progress is not None:
+        trainer.remove_callback(PrinterCallback)  # which prints where bars are disabled
+        trainer.add_callback(progress)
+    with nullcontext() if progress is None else without_progress_bars():
+        interrupted = run_to_end(trainer, checkpoint, merge_lora)
+    reached = trainer.state
+    return TrainingResult(folder, reached.global_step, reached.log_history, interrupted, begun)
+
+
+def _choose_tokenizer(
+    tokenizer: setup.Tokenizer | None,
+    model: setup.Model,
+    texts: Sources,
+    text_field: str,
+    cache_dir: str | os.PathLike[str] | None,
+    notice: Callable[[str], None],
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `train` is given, or the one for what it is given."""
+    if tokenizer is None and not setup.has_tokenizer(model):
+        tokenizer = gpt2_vocabulary() or "bpe"
+    if isinstance(tokenizer, str) and is_recipe(tokenizer):
+        return make_vocabulary(tokenizer, texts, text_field, cache_dir, notice)
+    return setup.load_tokenizer(tokenizer, model)
+
+
+def _listed(sources: float | Sources | None) -> Sequence[str | os.PathLike[str]]:
+    """Texts, as a sequence of sources; none for a part of other texts."""
+    if sources is None or isinstance(sources, float | int):
+        return []
+    return [sources] if isinstance(sources, str | os.PathLike) else sources
 
 
 def _bounded(
@@ -175,7 +217,7 @@ def _bounded(
 
 
 def _enter(
-    folder: Path, run: dict[str, Any], arguments: TrainingArguments
+    folder: Path, run: dict[str, Any], arguments: TrainingArguments, merge_lora: bool
 ) -> tuple[TrainerState | None, Path | None]:
     """Make `folder` that of `run`; the state of a finished run, or the checkpoint to go on from."""
     runs.enter(folder, run)
@@ -183,10 +225,10 @@ def _enter(
     if state is not None:
         return state, None
     reached = None if checkpoint is None else runs.read_state(checkpoint)
-    if checkpoint is not None and reached is not None and reached.global_step >= reached.max_steps:
+    if checkpoint is not None and reached is not None and runs.is_at_end(reached, run):
         # It was killed between its last step and the end; a Trainer would take one more step.
         if any(checkpoint.glob("*.safetensors")):
-            return _finish(folder, checkpoint, reached, arguments), None
+            return _finish(folder, checkpoint, reached, arguments, merge_lora), None
         # Weights of FSDP, one part for each process.
         checkpoint = runs.last_checkpoint(folder, before=reached.global_step)
     runs.discard_after(checkpoint, folder)
@@ -194,108 +236,22 @@ def _enter(
 
 
 def _finish(
-    folder: Path, checkpoint: Path, reached: TrainerState, arguments: TrainingArguments
+    folder: Path,
+    checkpoint: Path,
+    reached: TrainerState,
+    arguments: TrainingArguments,
+    merge_lora: bool,
 ) -> TrainerState:
     """Do what is done at the end of training, with the last checkpoint."""
     best = reached.best_model_checkpoint if arguments.load_best_model_at_end else None
     place = best or str(checkpoint)
-    model, tokenizer = setup.load_model(place), setup.load_tokenizer(None, place)
-    model.config.use_cache = True
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if adapters.is_adapter(place) and not merge_lora:
+        adapters.copy_adapter(place, folder)
+    else:
+        model = setup.load_model(place)
+        model.config.use_cache = True
+        model.save_pretrained(folder)
+    setup.load_tokenizer(None, place).save_pretrained(folder)
     draw_loss(reached.log_history, folder / runs.CURVE)
     reached.save_to_json(str(folder / runs.STATE))
     return reached
-
-
-class _Trainer(Trainer):
-    """Takes blocks in the order that accelerate would, in less memory."""
-
-    def get_train_dataloader(self) -> DataLoader:
-        from accelerate.data_loader import (  # type: ignore[import-untyped]  # it has no stubs
-            SeedableRandomSampler,
-        )
-
-        loader: Any = super().get_train_dataloader()
-        order = loader.get_sampler()
-        if type(order) is SeedableRandomSampler:
-            loader.set_sampler(ShuffledOrder(len(order), order.initial_seed))
-        return loader
-
-
-def _make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: TrainingArguments,
-    blocks: Blocks,
-    held_out: Blocks | None,
-    callbacks: Sequence[TrainerCallback],
-) -> Trainer:
-    kept, arguments.save_total_limit = arguments.save_total_limit, None
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=whole_batches(blocks, runs.batch_size(arguments)),
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        preprocess_logits_for_metrics=losses_of_rows,
-        compute_metrics=RunningLoss(),
-        callbacks=[KeepFolder(kept), *callbacks],
-    )
-    if arguments.fsdp and not trainer.is_fsdp_enabled:
-        logger.warning("fsdp shards only on accelerators; here each process keeps all weights")
-    return trainer
-
-
-@contextmanager
-def _as_before(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model`, which may be the caller's, cache and save afterwards as it did before."""
-    kept = model._keys_to_ignore_on_save
-    # A checkpoint holds tied weights once; the Trainer would warn that the others are missing.
-    model._keys_to_ignore_on_save = (kept or set()) | model.all_tied_weights_keys.keys()
-    try:
-        yield
-    finally:
-        model._keys_to_ignore_on_save = kept
-        model.config.use_cache = True  # the Trainer has turned it off
-
-
-def _run(trainer: Trainer, checkpoint: Path | None) -> TrainingResult:
-    """Train, from `checkpoint` on if there is one, and save."""
-    from ..engine.swap import optimize_for_training, restore
-
-    model_class, folder = type(trainer.model), Path(trainer.args.output_dir)
-    with _as_before(trainer.model), StopOnSignal(announce=trainer.is_world_process_zero()) as stop:
-        trainer.add_callback(stop)
-        with ExitStack() as engine:
-            is_ours = isinstance(trainer.model, ScratchGPTForCausalLM)
-            is_whole = not (trainer.is_fsdp_enabled or trainer.args.torch_compile)
-            if is_ours and is_whole and trainer.args.device.type == "cpu":
-                # The caller may have optimized it for generation.
-                optimize_for_training(restore(trainer.model))
-                engine.callback(restore, trainer.model)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        state = trainer.state
-        interrupted = stop.stopped and state.global_step < state.max_steps
-        if not interrupted:
-            _save(trainer, model_class)
-        trainer.accelerator.wait_for_everyone()
-    before = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    return TrainingResult(folder, state.global_step, state.log_history, interrupted, before)
-
-
-def _save(trainer: Trainer, model_class: type[PreTrainedModel]) -> None:
-    """Save model and tokenizer, also where FSDP has changed the class and sharded the weights."""
-    trainer.model.config.use_cache = True  # the Trainer has turned it off
-    if not trainer.is_fsdp_enabled:
-        trainer.save_model()
-    else:
-        weights = trainer.accelerator.get_state_dict(trainer.model)
-        if trainer.args.should_save:
-            with torch.device("meta"):
-                model = model_class(trainer.model.config)
-            model.generation_config = trainer.model.generation_config
-            model.save_pretrained(trainer.args.output_dir, state_dict=weights)
-            trainer.processing_class.save_pretrained(trainer.args.output_dir)
-    trainer.save_state()  # last, as it says that all is there

@@ -28,6 +28,8 @@ CURVE = "loss.png"
 _CHECKPOINT = "checkpoint-"
 _UNFINISHED = f"{RECORD}.unfinished"
 
+_LENGTH = ("max_steps", "num_train_epochs")
+
 # The arguments that decide the loss curve, apart from the batch size, to which several contribute.
 _ARGUMENTS = (
     "seed", "data_seed", "max_steps", "num_train_epochs",
@@ -51,6 +53,7 @@ def describe(
     arguments: TrainingArguments,
     blocks: Blocks,
     held_out: Blocks | None,
+    lora: int | None = None,
 ) -> dict[str, Any]:
     """All that decides the loss curve of a run, as plain values; `trained` is None if fresh."""
     # Only the fields of its own class, as transformers adds some to the base class now and then.
@@ -70,6 +73,8 @@ def describe(
     }
     if run["max_steps"] > 0:
         del run["num_train_epochs"]
+    if lora is not None:
+        run["lora"] = lora
     return json.loads(json.dumps(run, default=str))
 
 
@@ -99,23 +104,30 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def enter(folder: Path, run: dict[str, Any]) -> None:
-    """Make `folder` that of `run`, or raise a ValueError that says how the run in it differs."""
+    """Make `folder` that of `run`, or raise a ValueError that says how the run in it differs.
+
+    The run in it may be a shorter one, which is then no longer finished.
+    """
     record = read_record(folder)
     if record is None:
         folder.mkdir(parents=True, exist_ok=True)
-        with new_file(folder / RECORD) as unfinished:
-            unfinished.write_text(json.dumps(run, indent=2), encoding="utf-8")
-        return
-    differences = [
-        f"{name} {_short(record.get(name))} there, {_short(run.get(name))} here"
-        for name in record | run
-        if record.get(name) != run.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{folder} holds another run ({'; '.join(differences)}); choose another folder, give "
-            "the same again to go on with it, or delete it"
-        )
+    else:
+        names = [name for name in record | run if record.get(name) != run.get(name)]
+        if not names:
+            return
+        is_longer = names[0] in _LENGTH and run.get(names[0], 0) > record.get(names[0], math.inf)
+        if len(names) > 1 or not is_longer:
+            differences = (
+                f"{name} {_short(record.get(name))} there, {_short(run.get(name))} here"
+                for name in names
+            )
+            raise ValueError(
+                f"{folder} holds another run ({'; '.join(differences)}); choose another folder, "
+                "give the same again, or more steps or epochs, to go on with it, or delete it"
+            )
+        (folder / STATE).unlink(missing_ok=True)
+    with new_file(folder / RECORD) as unfinished:
+        unfinished.write_text(json.dumps(run, indent=2), encoding="utf-8")
 
 
 def _short(value: Any) -> str:
@@ -129,6 +141,18 @@ def read_state(folder: Path) -> TrainerState | None:
         return TrainerState.load_from_json(str(folder / STATE))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def is_at_end(state: TrainerState, run: dict[str, Any]) -> bool:
+    """Whether no step of `run` is left after `state`."""
+    if run["max_steps"] > 0:
+        return state.global_step >= run["max_steps"]
+    return (state.epoch or 0) >= run["num_train_epochs"]
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step after which `checkpoint` was saved; 0 if there is none."""
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix(_CHECKPOINT))
 
 
 def checkpoints(folder: Path, before: float = math.inf) -> list[Path]:

@@ -23,9 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..model.configuration_scratch_gpt import ScratchGPTConfig
+from ..model.configuration_scratch_gpt import PRESET_ALIASES, PRESETS, ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
+from .adapters import base_of, is_adapter, merged
 from .corpus import vocabulary_size
 
 Model: TypeAlias = str | os.PathLike[str] | ScratchGPTConfig | PreTrainedModel
@@ -45,6 +46,12 @@ DEFAULTS: dict[str, Any] = dict(
     save_steps=0.1,
     save_total_limit=2,
     ddp_find_unused_parameters=False,  # all are used, and the search takes time
+)
+
+
+# The sizes of a model of which nothing is said, which two cores train in minutes.
+SMALL: dict[str, int] = dict(
+    num_hidden_layers=4, num_attention_heads=4, hidden_size=128, max_position_embeddings=128
 )
 
 
@@ -69,8 +76,37 @@ def checked_block_size(block_size: int | None, config: PretrainedConfig) -> int:
 def is_saved(model: Model) -> bool:
     """Whether `model` is the folder or hub id of a saved model, and not the name of a preset."""
     if isinstance(model, str):
-        return "/" in model or Path(model, "config.json").is_file()
+        return "/" in model or Path(model, "config.json").is_file() or is_adapter(model)
     return isinstance(model, os.PathLike)
+
+
+def has_tokenizer(model: Model) -> bool:
+    """Whether `model` is a saved one, with a tokenizer beside it; an unknown preset is an error."""
+    if isinstance(model, str) and not is_saved(model):
+        ScratchGPTConfig.from_preset(model)
+    return is_saved(model) or isinstance(model, PreTrainedModel)
+
+
+def pretrained(name: str) -> str | Path:
+    """Where the pretrained weights called `name` are: a folder, or a hub id.
+
+    Args:
+        name: a folder, "owner/name", or a published size of GPT-2, such as "gpt2" or "124M".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    size = PRESET_ALIASES.get(name, name)
+    if size in PRESETS and size.startswith("gpt2"):
+        return f"openai-community/{size}"
+    if "/" in name and not name.startswith((".", "/", "~")):
+        return name
+    raise ValueError(
+        f"{name!r} is not a folder, not owner/name on the Hub, and not a published size of GPT-2 "
+        "(gpt2, gpt2-medium, gpt2-large, gpt2-xl)"
+    )
 
 
 def load_tokenizer(tokenizer: Tokenizer | None, model: Model) -> PreTrainedTokenizerBase:
@@ -82,12 +118,7 @@ def load_tokenizer(tokenizer: Tokenizer | None, model: Model) -> PreTrainedToken
     elif tokenizer is None and is_saved(model):
         tokenizer = model
     if not tokenizer:
-        if isinstance(model, str):
-            ScratchGPTConfig.from_preset(model)  # an unknown preset is the first error to report
-        raise ValueError(
-            "fresh weights have no tokenizer; give tokenizer= a folder or a hub id, such as "
-            "'openai-community/gpt2'"
-        )
+        raise ValueError("the model was not loaded from a folder; give tokenizer= as well")
     path = Path(tokenizer)
     # A vocabulary in another layout than transformers', see ScratchGPTTokenizer.
     is_bare = path.exists() and not any(
@@ -101,6 +132,9 @@ def load_tokenizer(tokenizer: Tokenizer | None, model: Model) -> PreTrainedToken
 def load_model(place: str | os.PathLike[str], dtype: Any = torch.float32) -> PreTrainedModel:
     """The model in a folder or of a hub id; a GPT-2 in transformers' format is converted."""
     place = os.fspath(place)
+    if is_adapter(place):
+        with _loading("adapter", place):
+            return merged(load_model(base_of(place), dtype), place)
     with _loading("model", place):
         is_gpt2 = PretrainedConfig.get_config_dict(place)[0].get("model_type") == "gpt2"
         loader = ScratchGPTForCausalLM if is_gpt2 else AutoModelForCausalLM
@@ -207,8 +241,21 @@ class _Parser(HfArgumentParser):
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Turn flags of a command line, such as `--learning-rate 1e-3`, into arguments of `train`.
 
+    Raises:
+        ValueError: as `part_words`, or there are words beside the flags.
+    """
+    words, arguments = part_words(flags)
+    if words:
+        raise ValueError(f"{words[0]} is not an argument of training")
+    return arguments
+
+
+def part_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Part the words of a command line into sources and arguments of `train`.
+
     Args:
-        flags: any of the fields of `TrainingArguments`, as its own command line takes them.
+        words: sources, and among them flags such as `--learning-rate 1e-3` for any of the fields of
+            `TrainingArguments`, as its own command line takes them.
 
     Raises:
         ValueError: a flag does not exist, or its value does not fit.
@@ -217,10 +264,11 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     names = {field.name for field in fields(TrainingArguments)}
     absent = object()
     parser.set_defaults(**dict.fromkeys(names, absent))
-    given, unknown = parser.parse_known_args(list(flags))
+    given, sources = parser.parse_known_args(list(words))
+    unknown = [word for word in sources if word.startswith("-")]
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
         nearest = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean --{nearest[0].replace('_', '-')}?" if nearest else ""
         raise ValueError(f"{unknown[0]} is not an argument of training{hint}")
-    return {name: value for name, value in vars(given).items() if value is not absent}
+    return sources, {name: value for name, value in vars(given).items() if value is not absent}

@@ -13,8 +13,8 @@ from transformers import GPT2LMHeadModel
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
 from hf_scratch_gpt.checkpoints.bundled import BUNDLED
-from hf_scratch_gpt.checkpoints.commands import convert_command as main
 
+from ..commands import convert as main
 from ..models import random_gpt2
 from .releases import change_release
 
@@ -165,7 +165,7 @@ KINDS = ["hf", "hf pickle", "nanogpt", "textbook"]
 
 
 def assert_refused(arguments, out, message, capsys):
-    assert main([arguments[0], str(out), *arguments[1:]]) == 1
+    assert main([arguments[0], str(out), *arguments[1:]]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.match(rf"error: .*{message}", error), error
     assert not out.exists()

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from hf_scratch_gpt.checkpoints.commands import convert_command
+from ..commands import convert
 
 
 @pytest.fixture(scope="session")
 def converted_gpt2(tmp_path_factory, small_gpt2) -> Path:
     """`small_gpt2`, converted."""
     folder = tmp_path_factory.mktemp("converted") / "out"
-    assert convert_command([str(small_gpt2), str(folder)]) == 0
+    assert convert([str(small_gpt2), str(folder)]) == 0
     return folder

@@ -18,10 +18,7 @@ from hf_scratch_gpt.checkpoints.tensor_bundle import read_table
 from .checkpoints import llmc, nanogpt, random_weights, textbook
 from .releases import table
 
-CONVERT, EXPORT, VERIFY = (
-    f"hf_scratch_gpt.checkpoints.commands:{name}_command"
-    for name in ("convert", "export", "verify")
-)
+CONVERT, EXPORT, VERIFY = (f"tests.commands:{name}" for name in ("convert", "export", "verify"))
 CLI = "hf_scratch_gpt.cli:main"
 ESCAPE = "\x1b]0;evil\x07\x1b[31m"
 NUMBERS = [-1, 0, 1, 5, 2**31, 2**31 - 1, 2**63, -(2**63), 10**30]

@@ -16,8 +16,7 @@ from hashlib import sha256
 import pytest
 import torch
 
-from hf_scratch_gpt.checkpoints.commands import convert_command as main
-
+from ..commands import convert as main
 from .checkpoints import (
     KINDS,
     RunsCode,

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
-from hf_scratch_gpt.checkpoints.commands import convert_command as main
-from hf_scratch_gpt.checkpoints.commands import verify_command as verify
 from hf_scratch_gpt.checkpoints.convert import name_of
 from hf_scratch_gpt.checkpoints.digests import sha256
 from hf_scratch_gpt.files import new_folder
 
+from ..commands import convert as main
+from ..commands import verify as verify
 from ..models import random_gpt2
 from .checkpoints import random_weights, textbook
 
@@ -84,13 +84,13 @@ def test_bad_sources_are_refused_and_change_nothing(
     (source / name).unlink()
     if spoil:
         (source / name).write_bytes(spoil(content))
-    assert main([str(source), str(old), "--overwrite"]) == 1
+    assert main([str(source), str(old), "--overwrite"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(message, error), error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     assert [path.name for path in old.iterdir()] == ["old.txt"]
-    assert main([str(source), str(tmp_path / "new")]) == 1
+    assert main([str(source), str(tmp_path / "new")]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
@@ -108,7 +108,7 @@ def test_arguments_that_are_refused(openai_tiny, gpt2_folder, saved_model, tmp_p
         ([tmp_path / "model.pth", "--num-heads", "3"], "hidden_size=16 does not divide into"),
     ):
         source, *options = map(str, arguments)
-        assert main([source, str(tmp_path / "out"), *options]) == 1
+        assert main([source, str(tmp_path / "out"), *options]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.splitlines()[-1].startswith("error: ")
@@ -146,7 +146,7 @@ def test_a_folder_that_is_there_needs_overwrite_and_returns_if_put_aside(
     openai_tiny, old, tmp_path, capsys
 ):
     old.rename(tmp_path / ".out-replaced")  # a command was killed behind it
-    assert main([str(openai_tiny), str(old)]) == 1
+    assert main([str(openai_tiny), str(old)]) == 2
     assert re.search("out exists already.*--overwrite", capsys.readouterr().err)
     assert (old / "old.txt").read_text() == "old"
     # The command may be killed after it, too: the new folder is there, the old one to be removed.
@@ -182,7 +182,7 @@ def test_a_source_in_the_folder_to_replace_is_refused(openai_tiny, tmp_path, cap
         [linked, source],
         [openai_tiny, source, "--tokenizer", source],
     ):
-        assert main([*map(str, arguments), "--overwrite"]) == 1
+        assert main([*map(str, arguments), "--overwrite"]) == 2
         assert "holds the source" in capsys.readouterr().err
         assert (source / "hparams.json").exists()
 
@@ -197,7 +197,7 @@ def test_places_of_the_result(openai_tiny, old, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     monkeypatch.chdir(old)
     for place, message in ((".", "working dir"), ("..", "working dir"), ("old.txt", "is a file")):
-        assert main([str(openai_tiny), place, "--overwrite"]) == 1
+        assert main([str(openai_tiny), place, "--overwrite"]) == 2
         assert message in capsys.readouterr().err
     assert (old / "old.txt").exists()
 
@@ -226,7 +226,7 @@ def test_generation_settings_stay(tmp_path, capsys):
     assert {name: getattr(generation, name) for name in settings} == settings
     assert generation.pad_token_id == model.config.pad_token_id
     (tmp_path / "source" / "generation_config.json").write_text("{")
-    assert main([str(tmp_path / "source"), str(tmp_path / "bad")]) == 1
+    assert main([str(tmp_path / "source"), str(tmp_path / "bad")]) == 2
     assert "generation_config.json" in capsys.readouterr().err
 
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel
-from hf_scratch_gpt.checkpoints.commands import export_command as main
 from hf_scratch_gpt.checkpoints.verify import gpt2_config
 
+from ..commands import export as main
 from ..models import random_ids, random_model
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -53,7 +53,7 @@ def write(name, content):
 )
 def test_bad_models_are_refused_in_one_line(spoil, message, saved, tmp_path, capsys):
     spoil(saved)
-    assert main([str(saved), str(tmp_path / "out")]) == 1
+    assert main([str(saved), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -65,9 +65,9 @@ def test_other_kinds_of_model_are_refused(gpt2_folder, tmp_path, capsys):
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
     llama.save_pretrained(tmp_path / "llama")
     for source, kind in ((tmp_path / "llama", "llama"), (gpt2_folder, "gpt2")):
-        assert main([str(source), str(tmp_path / "out")]) == 1
+        assert main([str(source), str(tmp_path / "out")]) == 2
         assert f"is of a model of type '{kind}'" in capsys.readouterr().err
-    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
     assert "nowhere/config.json is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -121,7 +121,7 @@ def test_the_tokenizer_needs_none_of_our_code(converted_tiny, tmp_path):
 
 
 def test_wrong_exports_are_noticed_and_the_source_stays(saved, tmp_path, capsys, monkeypatch):
-    assert main([str(saved), str(saved), "--overwrite"]) == 1
+    assert main([str(saved), str(saved), "--overwrite"]) == 2
     assert "holds the source" in capsys.readouterr().err
 
     def lose_an_activation(config):

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2TokenizerFast
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
-from hf_scratch_gpt.checkpoints.commands import convert_command as main
-from hf_scratch_gpt.checkpoints.commands import export_command as export
-from hf_scratch_gpt.checkpoints.commands import verify_command as verify
 from hf_scratch_gpt.checkpoints.hf_gpt2 import read_hf_gpt2
 from hf_scratch_gpt.checkpoints.state_dicts import read_weights
 
+from ..commands import convert as main
+from ..commands import export as export
+from ..commands import verify as verify
 from ..models import random_gpt2
 from .checkpoints import (
     HEADS,
@@ -107,7 +107,7 @@ def test_a_vocabulary_from_elsewhere(openai_tiny, tmp_path, capsys):
     assert main(arguments) == 0
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 400
     nanogpt(tmp_path / "small.pt", random_weights())
-    assert main([str(tmp_path / "small.pt"), str(tmp_path / "small"), *arguments[2:]]) == 1
+    assert main([str(tmp_path / "small.pt"), str(tmp_path / "small"), *arguments[2:]]) == 2
     assert "vocabulary has 400 tokens, and the model" in capsys.readouterr().err
 
 

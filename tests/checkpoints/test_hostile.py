@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_scratch_gpt.checkpoints.bundled import BUNDLED
-from hf_scratch_gpt.checkpoints.commands import convert_command, export_command
 from hf_scratch_gpt.model.vocabulary_scratch_gpt import BYTE_TO_UNICODE
 
+from ..commands import convert as convert_command
+from ..commands import export as export_command
 from .hostile import CLI, CONVERT, ESCAPE, EXPORT, VERIFY, spoil, write_sources
 from .releases import block, masked_crc, varint
 from .worker import Worker

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import hf_scratch_gpt
-from hf_scratch_gpt.checkpoints.commands import convert_command as main
-from hf_scratch_gpt.checkpoints.commands import export_command as export
-from hf_scratch_gpt.checkpoints.commands import verify_command as verify
 
+from ..commands import convert as main
+from ..commands import export as export
+from ..commands import verify as verify
 from ..models import random_gpt2
 from .checkpoints import (
     HEADS,
@@ -321,12 +321,12 @@ def test_of_two_conversions_into_one_new_folder_one_wins(
         return "in the meantime"
 
     monkeypatch.setattr(place, convert_meanwhile)
-    assert main([str(openai_tiny), str(out)]) == 1
+    assert main([str(openai_tiny), str(out)]) == 2
     assert codes == [0]
     assert "out was made by another command meanwhile" in capsys.readouterr().err
     assert (out / "first").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     monkeypatch.setattr(place, convert_meanwhile)
     assert main([str(openai_tiny), str(out), "--overwrite"]) == 0
-    assert codes == [0, 1]
+    assert codes == [0, 2]
     assert not (out / "first").exists()

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_scratch_gpt import ScratchGPTConfig, __version__
-from hf_scratch_gpt.checkpoints.commands import export_command as export
 from hf_scratch_gpt.cli.size_table import find_config
 
+from ..commands import export as export
 from ..conftest import FIXTURES
 from ..model.test_remote_code import MODEL, load_everything
 

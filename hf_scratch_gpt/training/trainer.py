@@ -1,0 +1,129 @@
+"""transformers' `Trainer` as `train` uses it: its parts, its run, and what is saved in the end."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.utils import logging
+
+from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
+from . import run_folder as runs
+from .blocks import Blocks, ShuffledOrder, whole_batches
+from .callbacks import KeepFolder, RunningLoss, StopOnSignal, losses_of_rows
+
+logger = logging.get_logger(__name__)
+
+
+class _Trainer(Trainer):
+    """Takes blocks in the order that accelerate would, in less memory; evaluates row by row."""
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Losses of rows in place of logits: with labels the model would compute the loss too."""
+        labels = inputs["labels"]
+        unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+        _, logits, _ = super().prediction_step(model, unlabelled, *args, **kwargs)
+        return None, losses_of_rows(logits, labels.to(logits.device)), labels
+
+    def get_train_dataloader(self) -> DataLoader:
+        from accelerate.data_loader import (  # type: ignore[import-untyped]  # it has no stubs
+            SeedableRandomSampler,
+        )
+
+        loader: Any = super().get_train_dataloader()
+        order = loader.get_sampler()
+        if type(order) is SeedableRandomSampler:
+            loader.set_sampler(ShuffledOrder(len(order), order.initial_seed))
+        return loader
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+    blocks: Blocks,
+    held_out: Blocks | None,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    """A Trainer that evaluates, draws and keeps checkpoints in our way."""
+    kept, arguments.save_total_limit = arguments.save_total_limit, None
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=whole_batches(blocks, runs.batch_size(arguments)),
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        compute_metrics=RunningLoss(),
+        callbacks=[KeepFolder(kept), *callbacks],
+    )
+    if arguments.fsdp and not trainer.is_fsdp_enabled:
+        logger.warning("fsdp shards only on accelerators; here each process keeps all weights")
+    return trainer
+
+
+@contextmanager
+def _as_before(model: PreTrainedModel) -> Iterator[None]:
+    """Let `model`, which may be the caller's, cache and save afterwards as it did before."""
+    kept = model._keys_to_ignore_on_save
+    # A checkpoint holds tied weights once; the Trainer would warn that the others are missing.
+    model._keys_to_ignore_on_save = (kept or set()) | model.all_tied_weights_keys.keys()
+    try:
+        yield
+    finally:
+        model._keys_to_ignore_on_save = kept
+        model.config.use_cache = True  # the Trainer has turned it off
+
+
+def run_to_end(trainer: Trainer, checkpoint: Path | None, merge_lora: bool) -> bool:
+    """Train, from `checkpoint` on if there is one, and save; whether a signal ended it before."""
+    from ..engine.swap import optimize_for_training, restore
+
+    model_class = type(trainer.model)
+    with _as_before(trainer.model), StopOnSignal(announce=trainer.is_world_process_zero()) as stop:
+        trainer.add_callback(stop)
+        with ExitStack() as engine:
+            is_ours = isinstance(trainer.model, ScratchGPTForCausalLM)
+            is_whole = not (trainer.is_fsdp_enabled or trainer.args.torch_compile)
+            if is_ours and is_whole and trainer.args.device.type == "cpu":
+                # The caller may have optimized it for generation.
+                optimize_for_training(restore(trainer.model))
+                engine.callback(restore, trainer.model)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        interrupted = stop.stopped and trainer.state.global_step < trainer.state.max_steps
+        if not interrupted:
+            _save(trainer, model_class, merge_lora)
+        trainer.accelerator.wait_for_everyone()
+    return interrupted
+
+
+def _save(trainer: Trainer, model_class: type[PreTrainedModel], merge_lora: bool) -> None:
+    """Save model and tokenizer, also where FSDP has changed the class and sharded the weights."""
+    trainer.model.config.use_cache = True  # the Trainer has turned it off
+    if merge_lora:
+        if trainer.args.should_save:
+            trainer.model.merge_and_unload().save_pretrained(trainer.args.output_dir)
+            trainer.processing_class.save_pretrained(trainer.args.output_dir)
+    elif not trainer.is_fsdp_enabled:
+        trainer.save_model()
+    else:
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.args.should_save:
+            with torch.device("meta"):
+                model = model_class(trainer.model.config)
+            model.generation_config = trainer.model.generation_config
+            model.save_pretrained(trainer.args.output_dir, state_dict=weights)
+            trainer.processing_class.save_pretrained(trainer.args.output_dir)
+    trainer.save_state()  # last, as it says that all is there

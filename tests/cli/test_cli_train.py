@@ -1,0 +1,98 @@
+"""`train`, as somebody who has a text and nothing else calls it."""
+
+import json
+import re
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hf_scratch_gpt.cli.train import in_options
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.training.corpus.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("hf_scratch_gpt.training.vocabularies.CACHE", tmp_path / "cache")
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be, that is the question. " * 400)
+    return path
+
+
+def test_a_text_is_enough(text, tmp_path, run):
+    """A text, and where the model goes; results on stdout, all else on stderr."""
+    arguments = ["train", text, "--output-dir", tmp_path / "run", "--epochs", 1]
+    code, out, error = run(*arguments, columns=200)
+    assert code == 0, error
+    assert re.fullmatch(r"\d+ steps, loss \d\.\d+ nats per token; the model, .* are in .*\n", out)
+    lines = error.splitlines()
+    assert lines[0].startswith("Vocabulary: ")
+    assert any(line.startswith("Training: ") for line in lines)
+    assert "\x1b" not in error
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run").config
+    assert (config.num_hidden_layers, config.hidden_size) == (4, 128)
+    code, out, error = run(*arguments, "--epochs", 1)
+    assert "as it was before" in out
+    code, out, error = run("generate", tmp_path / "run", "To be", "--max-new-tokens", 8, "--plain")
+    assert code == 0, error
+    assert out.startswith("To be")
+
+
+def test_sizes_and_training_as_people_write_them(text, tmp_path, run):
+    sizes = ["--n-layer", 2, "--n-head", 2, "--n-embd", 32, "--block-size", 16]
+    training = ["--lr", 0.01, "--batch-size", 4, "--max-steps", 3, "--weight-decay", 0]
+    arguments = ["train", *training, text, "--tokenizer", "char", *sizes]
+    code, _, error = run(*arguments, "--output-dir", tmp_path / "run")
+    assert code == 0, error
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [record[f"model.{name}"] for name in ("hidden_size", "max_position_embeddings")] == [
+        32,
+        16,
+    ]
+    names = ("learning_rate", "batch_size", "max_steps", "weight_decay", "block_size")
+    assert [record[name] for name in names] == [0.01, 4, 3, 0, 16]
+    # Pretrained weights, with and without an adapter.
+    more = ["train", text, "--init-from", tmp_path / "run", "--max-steps", 1, "--output-dir"]
+    for name, options in {"more": [], "adapter": ["--lora"]}.items():
+        code, _, error = run(*more, tmp_path / name, *options)
+        assert code == 0, error
+        code, _, error = run("generate", tmp_path / name, "To be", "--temperature", 0, "--plain")
+        assert code == 0, error
+
+
+def test_errors_are_in_words_of_the_command_line(text, tmp_path, assert_refused):
+    arguments = ["train", text, "--output-dir", tmp_path / "run"]
+    for message, *options in [
+        (
+            "--block-size 2000 exceeds the model's 1024 positions",
+            "--preset",
+            "gpt2",
+            "--block-size",
+            2000,
+        ),
+        ("a smaller --block-size", "--block-size", 50_000),
+        ("--n-embd", "--n-embd", 30, "--n-head", 4),
+        ("--epochs is --num-train-epochs; give one", "--epochs", 1, "--num-train-epochs", 2),
+        (
+            "--init-from has weights and --preset has none",
+            "--init-from",
+            "gpt2",
+            "--preset",
+            "gpt2",
+        ),
+        ("'gpt5' is not a folder, not owner/name on the Hub", "--init-from", "gpt5"),
+        ("--n-layer cannot change the sizes of pretrained", "--init-from", "gpt2", "--n-layer", 2),
+        ("--lora 8 adapts pretrained weights", "--lora"),
+        ("--tokenizer bpe:x does not name a size", "--tokenizer", "bpe:x"),
+        ("--validation 7.0 is not a part of the blocks", "--validation", 7),
+        ("did you mean gpt3-xl", "--preset", "gpt3-xll"),
+    ]:
+        assert_refused(message, *arguments, *options)
+        assert not (tmp_path / "run").exists()
+
+
+def test_names_in_errors_become_options():
+    said = "hidden_size=30 is not a multiple of num_attention_heads=4; see max_position_embeddings"
+    shown = "--n-embd 30 is not a multiple of --n-head 4; see --block-size"
+    assert in_options(said) == shown
+    path = "/tmp/my_file.txt and 'block_size' of out/block_size are names of the model, lora"
+    assert in_options(path) == path

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, sizing
+from hf_scratch_gpt.cli.app import _COMMANDS
 from hf_scratch_gpt.model.configuration_scratch_gpt import PRESET_ALIASES, PRESETS
 
 
@@ -143,13 +144,17 @@ def test_usage_errors_exit_with_code_2(arguments, run):
     assert "Usage: " in err
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["generate"], ["train"], ["demo"]])
-def test_help_fits_one_screen(command, run):
-    code, out, _ = run(*command, "--help")
-    assert code == 0
-    lines = out.rstrip().splitlines()
-    assert len(lines) <= 24
-    assert max(map(len, lines)) <= 80
+@pytest.mark.parametrize("command", [[], *([name] for name in _COMMANDS)])
+def test_help_fits_the_width_of_a_terminal(command, run):
+    code, out, error = run(*command, "--help")
+    assert (code, error) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_names_each_command_in_one_line(run):
+    _, out, _ = run("--help")
+    rows = [line.split() for line in out.partition("Commands")[2].splitlines()]
+    assert [row[1] for row in rows if row[:1] == ["│"]] == [*_COMMANDS]
 
 
 def test_module_runs_and_shows_no_traceback():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
@@ -118,6 +118,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
         "tokenizer_file": "tokenizer.json",
     }
     model_input_names = ["input_ids", "attention_mask"]
+    model = models.BPE  # by which tools choose the form of `vocab` that they hand over
     padding_side = "left"
 
     def __init__(

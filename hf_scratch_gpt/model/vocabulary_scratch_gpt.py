@@ -7,6 +7,7 @@ of tokens that BPE joins, the most frequent first (Sennrich et al. 2016; over by
 
 import base64
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -84,6 +85,10 @@ def read_vocabulary(
         vocabulary = read_description(read_text(Path(file)), str(file))
     elif isinstance(vocab, dict):
         vocabulary = read_content(vocab, merges, "vocab and merges")
+    elif vocab is not None and not isinstance(vocab, (str, os.PathLike)):
+        raise ValueError(
+            f"vocab is a {type(vocab).__name__}; give a dictionary from tokens to ids, or a path"
+        )
     elif vocab is not None and Path(vocab).suffix == ".tiktoken":
         vocabulary = read_ranks(Path(vocab))
     elif vocab is not None and merges is not None:

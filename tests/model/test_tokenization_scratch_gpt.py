@@ -422,6 +422,14 @@ def test_vocabulary_as_objects(join, openai_tiny, tmp_path):
         assert AutoTokenizer.from_pretrained(tmp_path)(NASTY).input_ids == ours(NASTY).input_ids
 
 
+def test_form_of_vocabulary(openai_tiny):
+    # Tools read a class's `model` to know whether `vocab` is a dictionary or scores of tokens.
+    assert ScratchGPTTokenizer.model is GPT2TokenizerFast.model
+    vocab = json.loads((openai_tiny / "encoder.json").read_text())
+    with pytest.raises(ValueError, match="vocab is a list; give a dictionary"):
+        ScratchGPTTokenizer(vocab=[(token, 0.0) for token in vocab], merges=[])
+
+
 @pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions"])
 def test_truncation_ends_at_the_positions_of_the_model_beside(name, openai_tiny, tmp_path):
     ScratchGPTTokenizer(*files_of(openai_tiny)).save_pretrained(tmp_path)

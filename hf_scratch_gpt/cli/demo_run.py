@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = dict(
     drop_rate=0.0,
     initializer_range=0.1,
 )
-STEPS = 4000
+STEPS = 3500
 TRAINING: dict[str, Any] = dict(
     per_device_train_batch_size=4,
     per_device_eval_batch_size=64,
@@ -53,12 +53,12 @@ TRAINING: dict[str, Any] = dict(
 )
 VALIDATION = 0.02
 PROMPT = "The for statement is used to"
-SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=0.7, top_k=40)
+SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=0.6, top_k=40)
 
 _CODE = """\
 from transformers import pipeline
 write = pipeline("text-generation", {folder!r}, trust_remote_code=True)
-print(write({prompt!r}, max_new_tokens=100)[0]["generated_text"])"""
+print(write({prompt!r}, max_new_tokens=40)[0]["generated_text"])"""
 
 
 def run_demo(folder: Path, console: Console) -> None:

@@ -6,6 +6,7 @@ The manual is `pydoc_data.topics`, from which `help("for")` prints. Both have Py
 import ast
 import json
 import random
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,9 @@ from tokenizers import ByteLevelBPETokenizer
 from ..files import new_file
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import END_OF_TEXT
+
+# A line of signs, as under headings.
+_LINE = re.compile(r"^[^\w\n]{4,}\n", re.MULTILINE)
 
 # Tests, and what was installed beside the standard library.
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -32,7 +36,8 @@ def python_texts() -> list[str]:
     """
     found, met = [], set()
     for text in chain((topics[name] for name in sorted(topics)), _of_modules()):
-        fresh = [part for part in dict.fromkeys(text.split("\n\n")) if part not in met]
+        parts = _LINE.sub("", text).split("\n\n")
+        fresh = [part for part in dict.fromkeys(parts) if part not in met]
         met.update(fresh)
         found.append("\n\n".join(fresh))
     return [text for text in found if text.strip()]

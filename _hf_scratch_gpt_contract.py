@@ -20,5 +20,5 @@ def pytest_addoption(parser: Any) -> None:
         "--model-config",
         metavar="JSON",
         default="{}",
-        help='fields of its configuration beside the tiny sizes, such as \'{"hidden_size": 48}\'',
+        help="fields of its configuration beside the tiny sizes, such as '{\"hidden_size\": 48}'",
     )

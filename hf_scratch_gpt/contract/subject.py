@@ -47,7 +47,7 @@ class Subject:
             ValueError: there is no such class, or no configuration of these fields.
         """
         try:
-            model_class = pkgutil.resolve_name(name)
+            model_class: Any = pkgutil.resolve_name(name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"--model-class={name}: {error}; give it as package.module:Class, and install the "
@@ -58,7 +58,7 @@ class Subject:
                 f"--model-class={name} is not a subclass of transformers' PreTrainedModel; give "
                 "the class of the causal language model"
             )
-        config_class: Any = model_class.config_class
+        config_class = model_class.config_class
         try:
             fields = tiny_fields(config_class) | json.loads(overrides)
             config_class(**fields)

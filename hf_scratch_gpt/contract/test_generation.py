@@ -146,7 +146,5 @@ def test_a_prompt_as_embeddings(model: Any) -> None:
     """
     ids = random_ids(model, 1, 9)
     embeds = model.get_input_embeddings()(ids)
-    generated = model.generate(
-        inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **GREEDY
-    )
+    generated = model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **GREEDY)
     assert generated.tolist() == greedy(model, ids)[:, 9:].tolist()

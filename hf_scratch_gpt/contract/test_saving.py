@@ -122,8 +122,8 @@ def test_code_outside_transformers_travels_with_the_model(subject: Subject, tmp_
 def test_tied_weights_are_declared(subject: Subject, tied: bool, tmp_path: Path) -> None:
     """The head shares the embedding's weight if `tie_word_embeddings` says so, and only then.
 
-    Serves every loader. Cure: `_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}`
-    (a dictionary, not a list), `get_output_embeddings`, and `self.post_init()` at the end of
+    Serves every loader. Cure: a dictionary, not a list, `_tied_weights_keys = {"lm_head.weight":
+    "model.embed_tokens.weight"}`; `get_output_embeddings`; `self.post_init()` at the end of
     `__init__`.
     """
     model = subject.random(tie_word_embeddings=tied)
@@ -162,8 +162,9 @@ def test_safetensors_writes_the_model(subject: Subject, tmp_path: Path) -> None:
     its own for each matrix, no views of one large tensor.
     """
     model, again = subject.random(), subject.fresh()
-    save_model(model, tmp_path / "model.safetensors")
-    load_model(again, tmp_path / "model.safetensors")
+    file = str(tmp_path / "model.safetensors")
+    save_model(model, file)
+    load_model(again, file)
     check_same(model, again)
 
 

@@ -32,7 +32,7 @@ def trainer(model: Any, folder: Path, rows: list[Any] | None = None, **options: 
 
     quiet = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no")
     arguments = TrainingArguments(output_dir=str(folder), **quiet, **options)
-    return Trainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    return Trainer(model=model, args=arguments, train_dataset=rows)
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_checkpointed_activations(subject: Subject, use_reentrant: bool) -> None
     model = subject.random().train()
     ids = random_ids(model, 4, 32)
     expected, plain = backward(model, ids)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
     gradients, kept = backward(model, ids)
@@ -189,7 +189,7 @@ def test_lora_learns_from_checkpointed_activations(subject: Subject, use_reentra
     model = adapted(subject.random(), target_modules="all-linear").train()
     ids = random_ids(model, 2, 10)
     expected, _ = backward(model, ids)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     gradients, _ = backward(model, ids)
     assert gradients.keys() == expected.keys()

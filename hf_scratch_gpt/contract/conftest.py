@@ -19,8 +19,15 @@ SUBJECT = pytest.StashKey[Subject]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find the model class; say how to name it where it is not."""
+    """Declare the marker, for projects that refuse unknown ones."""
     config.addinivalue_line("markers", "contract_slow: takes seconds, compiling or in processes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Find the model class, or say how to name it; let the slow tests run last.
+
+    A warning is no failure here, whatever the project makes of warnings.
+    """
     name = config.getoption("--model-class")
     if not name:
         raise pytest.UsageError(
@@ -31,10 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SUBJECT] = Subject.of(name, config.getoption("--model-config"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests run last; a warning is no failure, whatever the project makes of warnings."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("default"))

@@ -55,8 +55,9 @@ def test_two_processes_agree_with_one(subject: Subject, kind: str, folder: Path)
     """Tensor (tp) and pipeline (pp) parallelism give the logits and the text of one process.
 
     Serves large models. Cure: for tp, `base_model_tp_plan`, query, key and value as layers of
-    their own, and -1 for the number of heads in `view`; for pp, `base_model_pp_plan`, and nothing
-    added to `inputs_embeds` in later stages, which get hidden states by that name.
+    their own, and -1 for the number of heads in `view`; for pp, `base_model_pp_plan`, the last norm
+    called `norm`, nothing added to `inputs_embeds` in later stages, which get hidden states by that
+    name, and the stage's first layer as `layer_idx` of `create_causal_mask`.
     """
     assert plan(subject, kind), f"the configuration has no base_model_{kind}_plan"
     reports = [file.read_text() for file in sorted(folder.glob(f"{kind}-?.txt"))]

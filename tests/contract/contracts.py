@@ -1,10 +1,16 @@
 """The contract tests run within a test, in a project of the strictest settings."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-STRICT = "[pytest]\nstrict = true\nfilterwarnings = error\naddopts = -m 'not long'\n"
+STRICT = """[pytest]
+strict = true
+filterwarnings = error
+addopts = -m 'not long'
+markers = long: a marker of the project
+"""
 
 
 class Reports:
@@ -25,13 +31,21 @@ class Reports:
             self.passed.add(name)
 
 
+def run_pytest(folder: Path, *options: str) -> tuple[int, Reports]:
+    """Run the contract tests in this process; pytest's exit code, and the reports."""
+    (folder / "pytest.ini").write_text(STRICT)
+    reports, before = Reports(), Path.cwd()
+    os.chdir(folder)  # or pytest would take the fixtures of the tests where it is called
+    try:
+        how = ("-q", "-p", "no:cacheprovider", "--pyargs", "hf_scratch_gpt.contract")
+        code = pytest.main([*how, *options], plugins=[reports])
+    finally:
+        os.chdir(before)
+    return code, reports
+
+
 def run_contract(folder: Path, name: str, *options: str) -> Reports:
     """Run the contract tests on the class `name`, in this process."""
-    settings = folder / "pytest.ini"
-    settings.write_text(STRICT)
-    reports = Reports()
-    which = ("--pyargs", "hf_scratch_gpt.contract", "--model-class", name, *options)
-    how = ("-q", "-c", str(settings), "-p", "no:cacheprovider")
-    code = pytest.main([*how, *which], plugins=[reports])
+    code, reports = run_pytest(folder, "--model-class", name, *options)
     assert code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), code
     return reports

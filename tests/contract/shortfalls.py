@@ -6,7 +6,13 @@ NO_PLAN = "it has no parallel plan, as query, key and value are one matrix"
 COUNTED = "positions without position_ids are counted on the row, padding included"
 
 SHORTFALLS = {
-    "LlamaForCausalLM": {"test_clients.py::test_unknown_arguments_are_refused": SWALLOWED},
+    "LlamaForCausalLM": {
+        "test_clients.py::test_unknown_arguments_are_refused": SWALLOWED,
+        "test_parallel.py::test_two_processes_agree_with_one[pp]": (
+            "a later stage makes its mask for the cache's first layer, which is empty there: padded "
+            "batches are written wrongly"
+        ),
+    },
     "GPT2LMHeadModel": {
         "test_clients.py::test_unknown_arguments_are_refused": SWALLOWED,
         "test_padding_and_caches.py::test_padding_changes_nothing[left-eager]": COUNTED,

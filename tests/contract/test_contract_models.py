@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from .contracts import run_contract
+from .contracts import run_contract, run_pytest
 from .shortfalls import SHORTFALLS
 
 LLAMA = ("--model-class", "transformers:LlamaForCausalLM")
@@ -39,9 +39,7 @@ def test_others_fail_where_it_is_known(name, tmp_path, logged_warnings):
     ],
 )
 def test_what_is_missing_is_said(given, message, tmp_path, capsys):
-    settings = tmp_path / "pytest.ini"
-    settings.touch()
-    code = pytest.main(["-c", str(settings), "--pyargs", "hf_scratch_gpt.contract", *given])
+    code, _ = run_pytest(tmp_path, *given)
     assert code == pytest.ExitCode.USAGE_ERROR
     error = capsys.readouterr().err.strip()
     assert re.fullmatch(f"ERROR: .*{message}.*", error), error

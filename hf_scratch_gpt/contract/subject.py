@@ -63,8 +63,9 @@ class Subject:
             fields = tiny_fields(config_class) | json.loads(overrides)
             config_class(**fields)
         except Exception as error:
+            told = " ".join(str(error).split())
             raise ValueError(
-                f"{config_class.__name__} refuses the tiny sizes: {error}; give the fields that it "
+                f"{config_class.__name__} refuses the tiny sizes: {told}; give the fields that it "
                 "needs as --model-config='{\"name\": value}'"
             ) from error
         return cls(name, model_class, fields)

@@ -9,8 +9,8 @@ SHORTFALLS = {
     "LlamaForCausalLM": {
         "test_clients.py::test_unknown_arguments_are_refused": SWALLOWED,
         "test_parallel.py::test_two_processes_agree_with_one[pp]": (
-            "a later stage makes its mask for the cache's first layer, which is empty there: padded "
-            "batches are written wrongly"
+            "a later stage makes its mask for the first layer of the cache, which is empty there; "
+            "`generate` goes wrong where a batch is padded"
         ),
     },
     "GPT2LMHeadModel": {

@@ -95,6 +95,7 @@ print(model.generate(ids, max_new_tokens=5, do_sample=False).tolist())
 """
 
 
+@pytest.mark.long
 def test_a_copy_under_another_name_works_alone(tmp_path):
     """As an engineer would begin who brings a model of his own to transformers."""
     copy = tmp_path / "home" / "my_gpt"

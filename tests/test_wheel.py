@@ -111,7 +111,7 @@ def empty(tmp_path_factory, bin_, openai_tiny):
     return folder
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_archive_holds_all_that_git_does(sources):
     if not (ROOT / ".git").exists():
         pytest.skip("this is not a clone")
@@ -121,14 +121,14 @@ def test_the_archive_holds_all_that_git_does(sources):
     assert all(any(mark in name for mark in GENERATED) for name in packed - listed)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_tests_run_from_the_archive(sources):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     told = run([*command, "tests/test_readme.py", "tests/checkpoints/test_export.py"], sources)
     assert re.search(r"^\d+ passed", told, re.MULTILINE)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_wheel_holds_the_package_and_no_more(wheel, sources):
     built = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in built if ".dist-info/" not in name} == {
@@ -138,7 +138,7 @@ def test_the_wheel_holds_the_package_and_no_more(wheel, sources):
     }
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_wheel_is_what_runs(bin_, empty):
     code = "import hf_scratch_gpt; print(hf_scratch_gpt.__file__, hf_scratch_gpt.__version__)"
     place, version = run([bin_ / "python", "-c", code], empty).split()
@@ -146,7 +146,7 @@ def test_the_wheel_is_what_runs(bin_, empty):
     assert run([bin_ / "hf-scratch-gpt", "--version"], empty).strip() == version
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("command", "told"),
     [
@@ -165,7 +165,7 @@ def test_commands_of_the_wheel(command, told, bin_, empty, openai_tiny):
     assert told in run([bin_ / "hf-scratch-gpt", *arguments], empty)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_wheel_serves_openais_client(bin_, empty):
     command = [bin_ / "hf-scratch-gpt", "serve", "tiny", "--port", "0"]
     environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
@@ -187,7 +187,7 @@ def test_the_wheel_serves_openais_client(bin_, empty):
     assert written.startswith("Hello" + answer.choices[0].text)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_without_a_compiler_one_line_says_what_to_install(bin_, empty, tmp_path):
     code = (
         "from transformers import AutoModelForCausalLM as Auto\n"
@@ -212,7 +212,7 @@ def interpreters():
         )
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("python", list(interpreters()))
 def test_newer_pythons_start_the_command(python, bin_, empty):
     """torch is here for one Python only; what starts the command needs none of it."""

@@ -214,6 +214,7 @@ print(tokenizer(sys.argv[2]).input_ids)
 """
 
 
+@pytest.mark.long
 def test_characters_of_nanogpt_become_a_tokenizer(tmp_path, capsys):
     signs = sorted(set(TEXT))
     ids = {sign: number for number, sign in enumerate(signs)}

@@ -185,6 +185,7 @@ def test_compiled_forward_equals_eager(pair):
     torch.testing.assert_close(compiled(ids).logits, pair[1](ids).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`treespec.children_specs` is deprecated:FutureWarning")
 @torch.no_grad()
 def test_export_equals_eager(pair, logged_warnings):

@@ -10,7 +10,7 @@ from rich.console import Console
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
 ) -> None:
-    """Convert a GPT-2, train a small GPT in two minutes, and let it write.
+    """Train a small GPT in two minutes, and let it write.
 
     It learns from Python's own manual and docstrings, without a network. Started again, it goes on
     from where it was stopped.

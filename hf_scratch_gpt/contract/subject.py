@@ -58,7 +58,7 @@ class Subject:
                 f"--model-class={name} is not a subclass of transformers' PreTrainedModel; give "
                 "the class of the causal language model"
             )
-        config_class = model_class.config_class
+        config_class: Any = model_class.config_class  # type: ignore[attr-defined]  # mypy sees `type`
         try:
             fields = tiny_fields(config_class) | json.loads(overrides)
             config_class(**fields)

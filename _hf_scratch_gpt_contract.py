@@ -2,7 +2,7 @@
 
 With `--pyargs` pytest reads options before it finds the package, so they come from this plugin. It
 stands outside of the package, as pytest imports it in every project: it costs nothing, and it
-registers no model there.
+registers no model there. It asserts nothing: PYTEST_DONT_REWRITE.
 """
 
 from typing import Any

@@ -46,19 +46,8 @@ class Subject:
         Raises:
             ValueError: there is no such class, or no configuration of these fields.
         """
-        try:
-            model_class: Any = pkgutil.resolve_name(name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"--model-class={name}: {error}; give it as package.module:Class, and install the "
-                "package or name its folder in PYTHONPATH"
-            ) from error
-        if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
-            raise ValueError(
-                f"--model-class={name} is not a subclass of transformers' PreTrainedModel; give "
-                "the class of the causal language model"
-            )
-        config_class: Any = model_class.config_class  # type: ignore[attr-defined]  # mypy sees `type`
+        model_class = find_class(name)
+        config_class = model_class.config_class
         try:
             fields = tiny_fields(config_class) | json.loads(overrides)
             config_class(**fields)
@@ -89,6 +78,23 @@ class Subject:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         return model
+
+
+def find_class(name: str) -> Any:
+    """The model class that is named as "package.module:Class"; a ValueError if there is none."""
+    try:
+        model_class = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--model-class={name}: {error}; give it as package.module:Class, and install the "
+            "package or name its folder in PYTHONPATH"
+        ) from error
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        raise ValueError(
+            f"--model-class={name} is not a subclass of transformers' PreTrainedModel; give "
+            "the class of the causal language model"
+        )
+    return model_class
 
 
 def tiny_fields(config_class: Any) -> dict[str, Any]:

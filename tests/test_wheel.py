@@ -37,7 +37,9 @@ def imported(path: Path) -> set[str]:
 
 
 def test_what_is_imported_is_declared():
-    extras = [PROJECT["optional-dependencies"][name] for name in ("train", "serve", "torchao")]
+    extras = [
+        PROJECT["optional-dependencies"][name] for name in ("train", "serve", "contract", "torchao")
+    ]
     wanted = [*PROJECT["dependencies"], *chain(*extras)]
     declared = {re.split(r"[^\w.-]", name)[0].lower().replace("_", "-") for name in wanted}
     homes = packages_distributions()

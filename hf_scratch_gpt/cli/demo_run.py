@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = dict(
     drop_rate=0.0,
     initializer_range=0.1,
 )
-STEPS = 3500
+STEPS = 2400
 TRAINING: dict[str, Any] = dict(
     per_device_train_batch_size=4,
     per_device_eval_batch_size=64,

@@ -57,11 +57,13 @@ def shown(cell: NotebookNode) -> list[str]:
         if output.output_type == "stream":
             texts.append(f"{output.name}: {output.text}")
         else:
-            texts += [data for kind, data in output.data.items() if kind.startswith("text/")]
+            texts += [
+                data for kind, data in sorted(output.data.items()) if kind.startswith("text/")
+            ]
     return texts
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_without_a_warning_and_shows_what_is_stored(name):
     for before, after in zip(code_cells(stored(name)), code_cells(executed(name)), strict=True):

@@ -113,7 +113,7 @@ def test_demo_makes_a_model_that_loads_without_the_package(tmp_path, monkeypatch
     assert "It was trained before" in out
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_whole_demo_learns_more_than_pairs_of_tokens(tmp_path, run):
     code, out, error = run("demo", "--out", tmp_path)
     assert code == 0, error

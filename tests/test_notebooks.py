@@ -39,6 +39,7 @@ def executed(name: str) -> NotebookNode:
         notebook,
         timeout=600,  # seconds for a cell
         kernel_name="python3",
+        coalesce_streams=True,  # a text may come in pieces
         record_timing=False,
         resources={"metadata": {"path": str(DOCS)}},
     ).execute(env={**os.environ, **SETTINGS})

@@ -9,21 +9,26 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from ..checkpoints.bundled import convert_bundled
 from ..messages import printable
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
-from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..training.bigram import bigram_loss
 from ..training.blocks import Blocks
 from ..training.callbacks import SampleText, draw_loss
 from ..training.corpus import tokenize
-from ..training.manual import make_tokenizer, read_texts, write_texts
+from ..training.manual import read_texts, write_texts
 from ..training.run import train
 from ..training.run_folder import CURVE
 from ..training.setup import check_installed
+from ..training.vocabularies import make_vocabulary
 from ..writing import write
 from .progress import TerminalProgress
 
@@ -70,17 +75,19 @@ def run_demo(folder: Path, console: Console) -> None:
     """
     check_installed()
     folder = folder.expanduser().resolve()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; choose another folder")
     difference = convert_bundled(folder / "openai-tiny")
     console.print(
         "A tiny GPT-2 in OpenAI's format is converted; its logits differ from those of OpenAI's "
         f"own code by {difference:.0e} at most"
     )
     files = write_texts(folder, VALIDATION)
-    texts = read_texts(files[0])
-    tokenizer = make_tokenizer(texts, VOCABULARY, folder / "tokenizer")
+    characters = sum(map(len, read_texts(files[0])))
+    tokenizer = make_vocabulary(f"bpe:{VOCABULARY}", files[0], cache_dir=folder / "tokens")
     training, validation = (_blocks(file, tokenizer, folder) for file in files)
     console.print(
-        f"Python's manual and the docstrings of its library: {sum(map(len, texts)):,} characters, "
+        f"Python's manual and the docstrings of its library: {characters:,} characters, "
         f"{training.file.tokens:,} tokens of a vocabulary of {len(tokenizer):,}"
     )
     bigram = bigram_loss(training, validation, VOCABULARY)
@@ -89,7 +96,7 @@ def run_demo(folder: Path, console: Console) -> None:
         _show_what_is_next(folder, console)
 
 
-def _blocks(file: Path, tokenizer: ScratchGPTTokenizer, folder: Path) -> Blocks:
+def _blocks(file: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Blocks:
     tokens = tokenize(file, tokenizer, cache_dir=folder / "tokens")
     return Blocks(tokens, SIZES["max_position_embeddings"])
 
@@ -97,7 +104,7 @@ def _blocks(file: Path, tokenizer: ScratchGPTTokenizer, folder: Path) -> Blocks:
 def _train(
     folder: Path,
     files: tuple[Path, Path],
-    tokenizer: ScratchGPTTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     bigram: float,
     console: Console,
 ) -> bool:
@@ -162,7 +169,7 @@ def _show_what_is_next(folder: Path, console: Console) -> None:
         ["generate", model, PROMPT],
         ["inspect", model, PROMPT, "--html", folder / "page.html"],
         ["info", model, "gpt2"],
-        ["train", folder / "training.jsonl", "--output-dir", folder / "own", "--model", model],
+        ["train", folder / "training.jsonl", "--output-dir", folder / "own", "--init-from", model],
     ):
         console.out(shlex.join([*_this_command(), *map(str, arguments)]), highlight=False)
     console.print("\nOr from Python, anywhere:\n")

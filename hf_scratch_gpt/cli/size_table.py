@@ -71,7 +71,7 @@ def find_config(name: str, overrides: Mapping[str, Any] | None = None) -> Scratc
     """
     folder = Path(name).expanduser()
     # A name without an owner is a preset mistyped, and is not looked for on the Hub.
-    if name in PRESETS | PRESET_ALIASES or not (folder.is_dir() or "/" in name):
+    if name in PRESETS | PRESET_ALIASES or not name or not (folder.is_dir() or "/" in name):
         return ScratchGPTConfig.from_preset(name, **(overrides or {}))
     config = _find_saved(name, folder)
     config.update(dict(overrides or {}))

@@ -85,8 +85,9 @@ def train(
     sizes = {_SIZES["n_layer"]: n_layer, _SIZES["n_head"]: n_head, _SIZES["n_embd"]: n_embd}
     shortcuts = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     try:
-        start, overrides = _start(init_from, preset or model, _given(sizes), block_size)
-        check_model(str(start))
+        start, overrides = _start(init_from, preset, model, _given(sizes), block_size)
+        if setup.is_saved(start):
+            check_model(str(start))
         texts, flags = setup.part_words(sources)
         result = run.train(
             texts,
@@ -123,22 +124,28 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start(
-    init_from: str | None, preset: str | None, sizes: dict[str, int], block_size: int | None
+    init_from: str | None,
+    preset: str | None,
+    model: str | None,
+    sizes: dict[str, int],
+    block_size: int | None,
 ) -> tuple[Any, dict[str, int] | None]:
     """The model to start from, and in which sizes it differs from the preset of this name."""
     from ..training import setup
 
-    if init_from and preset:
+    if sum(name is not None for name in (init_from, preset, model)) > 1:
         raise ValueError("--init-from has weights and --preset has none; give one of the two")
-    if init_from or (preset and setup.is_saved(preset)):
-        if sizes:
-            names = " and ".join(map(in_options, sizes))
-            raise ValueError(f"{names} cannot change the sizes of pretrained weights; leave it out")
-        return setup.pretrained(init_from or preset or ""), None
+    if model:  # what it means depends on what is there
+        init_from, preset = (model, None) if setup.is_saved(model) else (None, model)
+    if init_from and sizes:
+        names = " and ".join(map(in_options, sizes))
+        raise ValueError(f"{names} cannot change the sizes of pretrained weights; leave it out")
+    if init_from:
+        return setup.pretrained(init_from), None
     if preset:
-        return preset, sizes
+        return setup.Preset(preset), sizes
     positions = _given({"max_position_embeddings": block_size})
-    return "gpt2", {**setup.SMALL, **sizes, **positions}
+    return setup.Preset("gpt2"), {**setup.SMALL, **sizes, **positions}
 
 
 def _with_shortcuts(flags: dict[str, Any], shortcuts: dict[str, Any]) -> dict[str, Any]:
@@ -197,5 +204,7 @@ def clear_cache(
     """
     from ..training import corpus
 
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give the one with the token ids, or none")
     removed = corpus.clear_cache(folder)
     typer.echo(f"removed {removed / 1e6:,.1f} MB from {folder or corpus.CACHE}")

@@ -9,16 +9,12 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from tokenizers import ByteLevelBPETokenizer
-
 from ..files import new_file
-from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
-from ..model.vocabulary_scratch_gpt import END_OF_TEXT
 
 # A line of signs, as under headings.
 _LINE = re.compile(r"^[^\w\n]{4,}\n", re.MULTILINE)
@@ -91,15 +87,3 @@ def write_texts(folder: Path, validation: float) -> tuple[Path, Path]:
 def read_texts(path: Path) -> list[str]:
     """The texts in a file of `write_texts`."""
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def make_tokenizer(texts: Sequence[str], size: int, folder: Path) -> ScratchGPTTokenizer:
-    """Train a byte-level BPE vocabulary of `size` tokens on `texts` and save it in `folder`."""
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(
-        texts, vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = ScratchGPTTokenizer(*trained.save_model(str(folder)))
-    tokenizer.save_pretrained(folder)
-    return tokenizer

@@ -131,6 +131,8 @@ def train(
     config, trained = setup.load_start(model, encoder, overrides)
     if lora is not None and trained is None:
         raise ValueError(f"lora={lora} adapts pretrained weights; give those of a saved model")
+    if sample_steps <= 0:
+        raise ValueError(f"sample_steps={sample_steps} is not above 0; give steps, or a part of 1")
     if merge_lora and lora is None:
         raise ValueError("merge_lora=True merges the adapter of lora=; give both")
     encoder.model_max_length = min(encoder.model_max_length, config.max_position_embeddings)

@@ -32,6 +32,11 @@ from .corpus import vocabulary_size
 Model: TypeAlias = str | os.PathLike[str] | ScratchGPTConfig | PreTrainedModel
 Tokenizer: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 
+
+class Preset(str):
+    """The name of a published size, whatever folder has the same name."""
+
+
 # Where ours differ from those of TrainingArguments. Decay, beta and clipping are GPT-3's (Brown et
 # al. 2020, appendix B); a number of steps below 1 is a part of the whole training.
 DEFAULTS: dict[str, Any] = dict(
@@ -75,6 +80,8 @@ def checked_block_size(block_size: int | None, config: PretrainedConfig) -> int:
 
 def is_saved(model: Model) -> bool:
     """Whether `model` is the folder or hub id of a saved model, and not the name of a preset."""
+    if isinstance(model, Preset):
+        return False
     if isinstance(model, str):
         return "/" in model or Path(model, "config.json").is_file() or is_adapter(model)
     return isinstance(model, os.PathLike)

@@ -84,10 +84,28 @@ def test_errors_are_in_words_of_the_command_line(text, tmp_path, assert_refused)
         ("--lora 8 adapts pretrained weights", "--lora"),
         ("--tokenizer bpe:x does not name a size", "--tokenizer", "bpe:x"),
         ("--validation 7.0 is not a part of the blocks", "--validation", 7),
+        ("--sample-steps -1.0 is not above 0", "--sample-steps", -1),
         ("did you mean gpt3-xl", "--preset", "gpt3-xll"),
     ]:
         assert_refused(message, *arguments, *options)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_is_not_a_folder_of_its_name(text, tmp_path, run, monkeypatch):
+    """Such a folder is what `convert 124M gpt2` makes."""
+    sizes = ["--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--block-size", 8]
+    arguments = ["train", text, *sizes, "--max-steps", 1, "--tokenizer", "char", "--output-dir"]
+    assert run(*arguments, tmp_path / "gpt2")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    for name, options in {"fresh": [], "preset": ["--preset", "gpt2"]}.items():
+        code, _, error = run(*arguments, tmp_path / name, *options)
+        assert code == 0, error
+        assert json.loads((tmp_path / name / "run.json").read_text())["weights"] == "fresh"
+    code, _, error = run(
+        "train", text, "--init-from", "gpt2", "--max-steps", 1, "--output-dir", "on"
+    )
+    assert code == 0, error
+    assert json.loads((tmp_path / "on" / "run.json").read_text())["weights"] != "fresh"
 
 
 def test_names_in_errors_become_options():

@@ -6,7 +6,7 @@ import pytest
 from hf_scratch_gpt.training.bigram import bigram_loss
 from hf_scratch_gpt.training.blocks import Blocks
 from hf_scratch_gpt.training.corpus import TokenFile
-from hf_scratch_gpt.training.manual import make_tokenizer, read_texts, write_texts
+from hf_scratch_gpt.training.manual import read_texts, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,6 @@ def test_texts_that_are_there_stay(files):
     before = [file.read_bytes() for file in files]
     assert write_texts(files[0].parent, 0.5) == files
     assert [file.read_bytes() for file in files] == before
-
-
-def test_the_tokenizer_has_its_size_and_keeps_texts(tmp_path):
-    tokenizer = make_tokenizer(["to be, or not to be: " * 9], 261, tmp_path)
-    assert len(tokenizer) == 261
-    assert tokenizer.decode(tokenizer("not to be – be").input_ids) == "not to be – be"
 
 
 def test_bigram_loss_is_that_of_its_formula(tmp_path):

@@ -288,7 +288,7 @@ def convert(path: Path, out: Path) -> bytes:
 
 
 # A third of them in the long run; `pytest -m "long or fuzz"` takes all.
-MARKS = [pytest.mark.long if group % 6 == 0 else pytest.mark.fuzz for group in range(GROUPS)]
+MARKS = [pytest.mark.long if group == 0 else pytest.mark.fuzz for group in range(GROUPS)]
 
 
 @pytest.mark.parametrize(

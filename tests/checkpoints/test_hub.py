@@ -84,7 +84,7 @@ def fetch(small_gpt2, tmp_path):
     server.server_close()
 
 
-@pytest.mark.long
+@pytest.mark.release
 @torch.no_grad()
 def test_a_model_of_the_hub_is_fetched_once_and_checked(fetch, small_gpt2, tmp_path):
     done = fetch("owner/tiny")
@@ -103,7 +103,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_checked(fetch, small_gpt2, tmp_p
     assert "it is damaged; remove it and fetch it again" in done.stderr
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_weights_that_are_not_openais_are_refused(fetch, tmp_path):
     done = fetch("355M")
     assert done.returncode == 2
@@ -112,7 +112,7 @@ def test_weights_that_are_not_openais_are_refused(fetch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_name_that_the_hub_does_not_know(fetch):
     done = fetch("none/such")
     assert done.returncode == 2

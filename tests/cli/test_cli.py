@@ -77,7 +77,7 @@ def test_train_refuses_bad_choices(model_folder, tmp_path, assert_refused):
     assert_refused("did you mean --learning-rate", *unknown)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_demo_makes_a_model_that_loads_without_the_package(tmp_path, monkeypatch, run):
     """A short one."""
     few = {"max_steps": 6, "eval_steps": 3, "save_steps": 6}

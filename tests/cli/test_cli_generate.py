@@ -241,7 +241,8 @@ def test_keys_in_a_real_terminal(gpt2):
     try:
         for keys, answer in (
             (b"", b"Ctrl-D ends\r\n> "),
-            (b"abc\x03", b"> "),  # a line is begun anew
+            (b"abc", b"abc"),
+            (b"\x03", b"> "),  # a line is begun anew
             (b"Hello\n", b"\nHello"),
             (b"\x03", b"note: stopped\r\n> "),
             (b"\x1b[A\n", b"\nHello"),  # the arrow up

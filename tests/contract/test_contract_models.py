@@ -13,7 +13,7 @@ LLAMA = ("--model-class", "transformers:LlamaForCausalLM")
 NEEDS_AN_ACCELERATOR = "test_padding_and_caches.py::test_steps_with_a_cache_equal_one_pass[offload"
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_ours_passes(tmp_path, logged_warnings):
     reports = run_contract(tmp_path, "hf_scratch_gpt:ScratchGPTForCausalLM")
     assert not reports.failed

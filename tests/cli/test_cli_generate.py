@@ -250,6 +250,7 @@ def test_keys_in_a_real_terminal(gpt2):
         ):
             os.write(terminal, keys)
             wait_for(answer)
+            time.sleep(0.2)  # a signal between a key and the wait for the next is lost in readline
         os.write(terminal, b"\x04")
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     finally:

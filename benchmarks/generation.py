@@ -99,7 +99,7 @@ def writing(
     """Tokens a second: those written, or, if only one is written, those of the prompt."""
     ids = torch.randint(0, 50257, (texts, prompt), generator=torch.Generator().manual_seed(0))
     reference = load(folder, "float32", device)[0]
-    found, missing = writers(folder, weights, device, openvino, texts)
+    found, missing = writers(folder, weights, device, openvino, texts, prompt)
     ways, firsts, left_out = tried(found, ids, device)
     for name, write in ways.items():
         check(name, ids, write(ids, written), reference, TOLERANCE[weights])

@@ -92,7 +92,7 @@ def load(folder: Path, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
 
 
 def writers(
-    folder: Path, weights: str, device: str, openvino: str | None, texts: int
+    folder: Path, weights: str, device: str, openvino: str | None, texts: int, prompt: int
 ) -> tuple[list[tuple[str, Write]], list[str]]:
     """All ways to write with the weights in `folder`, kept as "float32", "bfloat16" or "int8".
 
@@ -104,7 +104,7 @@ def writers(
     ways: list[tuple[str, Write]] = [fast]
     if weights != "int8":
         ways = [("GPT2LMHeadModel", by_generate(theirs)), (OURS[0], by_generate(ours)), fast]
-        if texts == 1:
+        if texts == 1 and prompt < 100:  # it compiles for most of a minute
             ways.append(("GPT2LMHeadModel, compiled", by_compiled_generate(theirs)))
     if device != "cpu":
         return ways, []

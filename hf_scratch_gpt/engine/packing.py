@@ -68,8 +68,10 @@ class Panels(MadeOf):
         numbers, size = weight.detach(), panel_size()
         if numbers.dtype == torch.int8:
             numbers = numbers.bfloat16()
-        padded = F.pad(numbers, (0, 0, 0, -len(weight) % size))
-        self.panels = padded.view(-1, size, weight.shape[1]).transpose(1, 2).contiguous()
+        missing = -len(weight) % size
+        if missing:
+            numbers = F.pad(numbers, (0, 0, 0, missing))
+        self.panels = numbers.reshape(-1, size, weight.shape[1]).transpose(1, 2).contiguous()
         self._type, self._shape = TYPES[numbers.dtype], weight.shape
 
     @classmethod

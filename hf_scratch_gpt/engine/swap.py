@@ -41,16 +41,19 @@ FORMATS = {"int8": "Int8", "int4": "Int4", "fp8": "Float8"}
 def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) -> PreTrainedModel:
     """Change `model`, a language model of ours, so that its `generate` runs at its fastest.
 
-    On a CPU one text at a time is written by C++, compiled in two or three seconds and kept in the
-    user's cache folder; prompts and several texts use weights packed for oneDNN, which take as much
-    memory again, and greedy search a copy of the head in eight bits. On a GPU, transformers
-    compiles its step into CUDA graphs at the first call, for each number of texts anew.
+    On a CPU greedy search and sampling, of one text or of several, padded on the left, are written
+    by C++, which is compiled in some seconds and kept in the user's cache folder; a text that has
+    ended is not computed on. Prompts and several texts use weights in an order of their own, which
+    take as much memory again, and in int8 two bytes more a number; greedy search of one text uses a
+    copy of the head in eight bits. On a GPU, transformers compiles its step into CUDA graphs at the
+    first call, for each number of texts anew.
 
     The outputs are those of before, up to the order in which sums are rounded. Change weights, add
     adapters, choose data type and device before, not afterwards; a weight that is changed all the
     same is used unpacked, but a change of a few of its numbers by way of its `data` goes unseen.
-    Hooks, adapters, padding, float16 and an activation that is not GELU are left to the model's own
-    way. Copies and pickles of the model are optimized as well; their weights are packed anew.
+    Hooks, adapters, float16 and an activation that is not GELU are left to the model's own way, and
+    beams and other searches to transformers' own loop. Copies and pickles of the model are
+    optimized as well; their weights are packed anew.
 
     Args:
         model: in evaluation mode, on its device and in its data type.

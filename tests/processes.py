@@ -32,8 +32,11 @@ class Started:
         return codes, self.output.read_text()
 
 
-def start(output: Path, count: int, call: Callable[..., None], *arguments: Any) -> Started:
-    """Call `call(*arguments)` in `count` processes of one group, as torchrun would start them."""
+def start(output: Path, count: int, call: Callable[..., int | None], *arguments: Any) -> Started:
+    """Call `call(*arguments)` in `count` processes of one group, as torchrun would start them.
+
+    What it returns is the exit status; all they print goes to `output`.
+    """
     output.write_text("")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -49,7 +52,7 @@ def start(output: Path, count: int, call: Callable[..., None], *arguments: Any) 
 
 
 def _run(
-    output: Path, place: dict[str, str], call: Callable[..., None], arguments: Sequence[Any]
+    output: Path, place: dict[str, str], call: Callable[..., int | None], arguments: Sequence[Any]
 ) -> None:
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     sys.stdout.flush()
@@ -57,4 +60,4 @@ def _run(
     os.dup2(file, 2)
     os.environ.update(place)
     warnings.simplefilter("error")
-    call(*arguments)
+    sys.exit(call(*arguments))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .characters import encoded
 from .files import new_file
 
 # Longer texts make pages of tens of megabytes, with squares too small to see.
@@ -96,11 +97,16 @@ def inspect(
     """
     if likeliest < 1:
         raise ValueError(f"likeliest={likeliest} is below 1; ask for at least one token")
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]  # (1, T)
+    ids = encoded(tokenizer, text, return_tensors="pt")["input_ids"]  # (1, T)
     if not ids.numel():
         raise ValueError(
             f"the tokenizer makes 0 tokens of {text[:40]!r}; give at least one character, "
             "or a model that is saved with its vocabulary"
+        )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] > limit:
+        raise ValueError(
+            f"the text has {ids.shape[1]} tokens, the model {limit} positions; give a shorter one"
         )
     model.eval()
     with _written_out_attention(model), _recorded_shapes(model) as shapes:

@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .characters import encoded
+
 
 @dataclass(frozen=True)
 class Written:
@@ -75,7 +77,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
             f"the tokenizer of {tokenizer.name_or_path!r} has no vocabulary; give one with "
             "tokenizer.json, or vocab.json and merges.txt"
         )
-    ids: list[int] = tokenizer(prompt, verbose=False).input_ids
+    ids: list[int] = encoded(tokenizer, prompt).input_ids
     if not ids:
         raise ValueError(
             f"the prompt {prompt!r} has 0 tokens; give at least one character, or the "

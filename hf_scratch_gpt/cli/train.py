@@ -209,5 +209,8 @@ def clear_cache(
 
     if folder is not None and not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give the one with the token ids, or none")
-    removed = corpus.clear_cache(folder)
-    typer.echo(f"removed {removed / 1e6:,.1f} MB from {folder or corpus.CACHE}")
+    place = folder or corpus.CACHE
+    removed = corpus.clear_cache(place)
+    typer.echo(
+        f"removed {removed / 1e6:,.1f} MB from {place}" if removed else f"{place} holds none"
+    )

@@ -139,6 +139,8 @@ def train(
     encoder.model_max_length = min(encoder.model_max_length, config.max_position_embeddings)
     size = setup.checked_block_size(block_size, config)
     arguments = setup.make_arguments(folder, trained is None, bool(validation), training_arguments)
+    if arguments.eval_strategy == "no":
+        validation = None
     record = setup.on_first_process(arguments, lambda: runs.read_record(folder))
     blocks, held_out = Blocks(tokenize(sources, encoder, text_field, cache_dir), size), None
     if isinstance(validation, float | int):

@@ -64,6 +64,7 @@ def test_train_with_flags_of_the_trainer(model_folder, tmp_path, run, assert_ref
     code, out, _ = run("clear-cache", file.parent)
     assert (code, file.exists()) == (0, False)
     assert re.fullmatch(rf"removed \d+\.\d MB from {re.escape(str(file.parent))}\n", out)
+    assert run("clear-cache", file.parent)[1] == f"{file.parent} holds none\n"
 
 
 def test_train_refuses_bad_choices(model_folder, tmp_path, assert_refused):

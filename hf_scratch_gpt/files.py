@@ -1,5 +1,6 @@
 """Files and folders that appear all at once or not at all, whenever their command is stopped."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -30,6 +31,12 @@ def new_file(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of the file `path`, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -74,6 +74,9 @@ def count_parameters(config: ScratchGPTConfig) -> ParameterCounts:
 
     The shapes are those of Radford et al. 2019, section 2.3, on Vaswani et al. 2017, sections 3.2
     and 3.3: a projection from A to B has A * B weights and B biases; the head has no bias.
+
+    Raises:
+        ValueError: the configuration is of another model, as for all functions here.
     """
     hidden, inner = config.hidden_size, _inner(config)
     token_embedding = config.vocab_size * hidden
@@ -100,7 +103,8 @@ def kv_cache_bytes(config: ScratchGPTConfig, tokens: int = 1, dtype: str = "floa
 
     Each block keeps a key and a value of C numbers a token (Shazeer 2019, section 2.4).
     """
-    return storage_bytes(2 * config.num_hidden_layers * config.hidden_size * tokens, dtype)
+    numbers = 2 * _ours(config).num_hidden_layers * config.hidden_size * tokens
+    return storage_bytes(numbers, dtype)
 
 
 def forward_flops_per_token(config: ScratchGPTConfig, length: int | None = None) -> int:
@@ -275,8 +279,17 @@ def _tensors_of_a_step(
     }
 
 
+def _ours(config: ScratchGPTConfig) -> ScratchGPTConfig:
+    if config.model_type != ScratchGPTConfig.model_type:
+        raise ValueError(
+            f"{type(config).__name__} is not a ScratchGPTConfig, whose shapes are known here; make "
+            "the model on the device meta and add up its parameters"
+        )
+    return config
+
+
 def _inner(config: ScratchGPTConfig) -> int:
-    assert config.intermediate_size is not None, "the configuration derives it"
+    assert _ours(config).intermediate_size is not None, "the configuration derives it"
     return config.intermediate_size
 
 

@@ -1,14 +1,11 @@
 """Each trap of a plugin for transformers, put into a copy of our model, is caught by its test."""
 
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
-from .contracts import run_contract
+from .contracts import copy_of_model, run_contract
 
-MODEL = Path(__file__).parents[2] / "hf_scratch_gpt" / "model"
 MODELING, BLOCKS, CONFIGURATION = "modeling", "blocks", "configuration"
 POSITIONS = "positions"
 
@@ -245,22 +242,6 @@ TRAPS = {
         "test_embeddings_in_place_of_ids",
     ),
 }
-
-
-def copy_of_model(package: Path, replaced: list[tuple[str, str, str]]) -> str:
-    """Copy our model to a package of that name, as a new plugin begins; the name of its class."""
-    name = package.name
-    shutil.copytree(MODEL, package, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in sorted(package.iterdir()):
-        text = path.read_text()
-        for kind, old, new in replaced:
-            if path.name == f"{kind}_scratch_gpt.py":
-                assert old in text, old
-                text = text.replace(old, new.replace("PACKAGE", name))
-        text = text.replace("scratch_gpt", name).replace("ScratchGPT", name.capitalize())
-        path.unlink()
-        path.with_name(path.name.replace("scratch_gpt", name)).write_text(text)
-    return f"{name}.modeling_{name}:{name.capitalize()}ForCausalLM"
 
 
 @pytest.mark.release

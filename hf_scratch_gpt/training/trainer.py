@@ -26,17 +26,37 @@ from .callbacks import KeepFolder, RunningLoss, StopOnSignal, losses_of_rows
 logger = logging.get_logger(__name__)
 
 
+_LOGITS = 2**24  # that are in memory at a time when a model is evaluated
+
+
 class _Trainer(Trainer):
-    """Takes blocks in the order that accelerate would, in less memory; evaluates row by row."""
+    """Takes blocks in the order that accelerate would, and less memory for logits."""
+
+    by_engine = False
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own; in pieces where the engine, which has a quick loop for it, trains."""
+        if not self.by_engine:
+            return super().compute_loss(*args, **kwargs)
+        config = self.model.config
+        kept, config.chunked_loss = config.chunked_loss, True  # it is not saved so
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            config.chunked_loss = kept
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Losses of rows in place of logits: with labels the model would compute the loss too."""
-        labels = inputs["labels"]
-        unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-        _, logits, _ = super().prediction_step(model, unlabelled, *args, **kwargs)
-        return None, losses_of_rows(logits, labels.to(logits.device)), labels
+        """Losses of rows in place of logits, of a few rows at a time."""
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        rows = max(1, _LOGITS // (ids.shape[1] * self.model.config.vocab_size))
+        losses = []
+        for part, targets in zip(ids.split(rows), labels.split(rows), strict=True):
+            # With labels the model would compute the loss too.
+            _, logits, _ = super().prediction_step(model, {"input_ids": part}, *args, **kwargs)
+            losses.append(losses_of_rows(logits, targets.to(logits.device)))
+        return None, torch.cat(losses), labels
 
     def get_train_dataloader(self) -> DataLoader:
         from accelerate.data_loader import (  # type: ignore[import-untyped]  # it has no stubs
@@ -57,7 +77,7 @@ def make_trainer(
     blocks: Blocks,
     held_out: Blocks | None,
     callbacks: Sequence[TrainerCallback],
-) -> Trainer:
+) -> _Trainer:
     """A Trainer that evaluates, draws and keeps checkpoints in our way."""
     kept, arguments.save_total_limit = arguments.save_total_limit, None
     trainer = _Trainer(
@@ -89,7 +109,7 @@ def _as_before(model: PreTrainedModel) -> Iterator[None]:
 
 
 def run_to_end(
-    trainer: Trainer,
+    trainer: _Trainer,
     checkpoint: Path | None,
     merge_lora: bool,
     describe: Callable[[TrainerState], None],
@@ -110,6 +130,7 @@ def run_to_end(
                 # The caller may have optimized it for generation.
                 optimize_for_training(restore(trainer.model))
                 engine.callback(restore, trainer.model)
+                trainer.by_engine = True
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         interrupted = stop.stopped and trainer.state.global_step < trainer.state.max_steps
         if not interrupted:

@@ -99,7 +99,7 @@ def storage_bytes(parameters: int, dtype: str = "float32") -> int:
 
 
 def kv_cache_bytes(config: ScratchGPTConfig, tokens: int = 1, dtype: str = "float32") -> int:
-    """Bytes of the keys and values that generation keeps for `tokens` tokens of one text.
+    """Bytes of the keys and values in `dtype` that generation keeps for `tokens` of one text.
 
     Each block keeps a key and a value of C numbers a token (Shazeer 2019, section 2.4).
     """
@@ -148,7 +148,7 @@ def rule_of_thumb_flops_per_token(config: ScratchGPTConfig) -> int:
 
 
 def training_seconds(flops_per_token: float, tokens: float, flops_per_second: float) -> float:
-    """Seconds to train on `tokens` tokens by a device that sustains `flops_per_second`.
+    """Seconds to train on `tokens` at `flops_per_token`, by a device of `flops_per_second`.
 
     GPT-3's 3.14e23 FLOPs (Brown et al. 2020, table D.1) at 28e12 FLOP/s take 355 years.
 
@@ -162,7 +162,7 @@ def training_seconds(flops_per_token: float, tokens: float, flops_per_second: fl
 
 
 def humanize_seconds(seconds: float) -> str:
-    """A duration in the largest unit that it reaches, "355.4 years"; a year has 365.25 days."""
+    """`seconds` in the largest unit that they reach, "355.4 years"; a year has 365.25 days."""
     units = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60}
     for unit, size in units.items():
         if seconds >= size:
@@ -289,8 +289,9 @@ def _ours(config: ScratchGPTConfig) -> ScratchGPTConfig:
 
 
 def _inner(config: ScratchGPTConfig) -> int:
-    assert _ours(config).intermediate_size is not None, "the configuration derives it"
-    return config.intermediate_size
+    inner = _ours(config).intermediate_size
+    assert inner is not None, "the configuration derives it"
+    return inner
 
 
 def _checked_length(config: ScratchGPTConfig, length: int | None) -> int:

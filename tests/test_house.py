@@ -1,6 +1,7 @@
 """The rules of the house: what may import what, and that the model can be copied and renamed."""
 
 import ast
+import inspect
 import re
 import shutil
 import subprocess
@@ -8,6 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import hf_scratch_gpt
+from hf_scratch_gpt import (
+    ScratchGPTConfig,
+    evaluation,
+    inspection,
+    scaffold,
+    sizing,
+    training,
+    writing,
+)
+from hf_scratch_gpt.checkpoints import convert, readers
 
 PACKAGE = Path(__file__).parent.parent / "hf_scratch_gpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -62,6 +75,27 @@ def test_the_model_imports_nothing_else_of_ours():
     assert all(ours(path) <= modules for path in MODEL)
     assert ours(PACKAGE / "model" / "blocks_scratch_gpt.py") == {"configuration_scratch_gpt"}
     assert len(modules - {"__init__"}) <= 8
+
+
+CALLED = [getattr(hf_scratch_gpt, name) for name in hf_scratch_gpt.__all__]
+for wing in (convert, evaluation, inspection, readers, scaffold, sizing, training, writing):
+    own = [thing for name, thing in vars(wing).items() if callable(thing) and name[0] != "_"]
+    CALLED += [each for each in own if each.__module__.startswith(wing.__name__)]
+
+
+@pytest.mark.parametrize("thing", CALLED, ids=lambda thing: thing.__qualname__)
+def test_docstrings_of_what_users_call_tell_of_every_argument(thing):
+    """By its name; ruff's rule D417 asks for a list, even of what the summary has said.
+
+    A configuration is told by its type; what a class hands on to that of transformers, there.
+    """
+    arguments = inspect.signature(thing).parameters.values()
+    if thing is ScratchGPTConfig:
+        arguments = [each for each in arguments if each.name in vars(thing)["__annotations__"]]
+    for argument in arguments:
+        is_told = argument.annotation in (ScratchGPTConfig, "ScratchGPTConfig")
+        is_told |= isinstance(thing, type) and argument.kind is argument.VAR_KEYWORD
+        assert is_told or re.search(rf"\b{argument.name}\b", thing.__doc__), argument
 
 
 TRAIN_AND_SAVE = """

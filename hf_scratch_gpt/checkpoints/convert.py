@@ -118,7 +118,8 @@ def export(source: Path, out: Path, overwrite: bool = True) -> list[str]:
     """Write the model saved in the folder `source` to `out` in transformers' GPT-2 format.
 
     It loads with `GPT2LMHeadModel` and `AutoTokenizer`, without this package. `out`, as
-    `files.destination` returns it, appears when all is written and its logits are the source's.
+    `files.destination` returns it, appears when all is written and its logits are the source's;
+    `overwrite` lets it replace what is there by then.
 
     Returns:
         Lines that tell what was checked and written.

@@ -162,8 +162,8 @@ def _check(model: Any) -> None:
         raise ValueError("the model is optimized already; call restore(model) or load it again")
     if not any(_is_ours(type(part)) for part in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} is not a model of hf_scratch_gpt, or its code was changed; the "
-            "engine knows no other. ScratchGPTForCausalLM.from_pretrained loads a GPT-2"
+            f"{type(model).__name__} is not a model of hf_scratch_gpt, or its code was changed; "
+            "the engine knows no other. ScratchGPTForCausalLM.from_pretrained loads a GPT-2"
         )
 
 

@@ -110,6 +110,14 @@ TRAPS = {
         [(MODELING, "if first_layer == 0:", "if True:")],
         "test_two_processes_agree_with_one[pp]",
     ),
+    "a later stage makes its mask by a layer that it does not hold": (
+        [(MODELING, "layer_idx=first_layer,", "layer_idx=0,")],
+        "test_two_processes_agree_with_one[pp]",
+    ),
+    "the last norm has another name": (
+        [(MODELING, "self.norm", "self.final_layernorm")],
+        "test_two_processes_agree_with_one[pp]",
+    ),
     "a layer that narrows is split as one that widens": (
         [(CONFIGURATION, 'mlp.down_proj": "rowwise"', 'mlp.down_proj": "colwise"')],
         "test_two_processes_agree_with_one[tp]",

@@ -8,11 +8,30 @@ as two. Memory is that of the tensors that are alive at the same time.
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from .model.configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
-from .model.modeling_scratch_gpt import LOSS_PIECE
+from .model.presets_scratch_gpt import GELU_FORMS, check_sizes, find_preset
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from .model.configuration_scratch_gpt import ScratchGPTConfig
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+def preset_sizes(name: str, **overrides: Any) -> Any:
+    """What the functions of this file read of the published size called `name`, at once.
+
+    Args:
+        overrides: fields that differ from it.
+
+    Raises:
+        ValueError: no preset has that name, or the sizes do not fit.
+    """
+    fields = {**find_preset(name), **dict(fused_kernels=True, chunked_loss=False), **overrides}
+    fields.setdefault("intermediate_size", 4 * fields["hidden_size"])
+    check_sizes(fields)
+    return SimpleNamespace(**fields)
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class TrainingMemory:
     peak: int
 
 
-def count_parameters(config: ScratchGPTConfig) -> ParameterCounts:
+def count_parameters(config: "ScratchGPTConfig") -> ParameterCounts:
     """Count the parameters of a `ScratchGPTForCausalLM` of this configuration.
 
     The shapes are those of Radford et al. 2019, section 2.3, on Vaswani et al. 2017, sections 3.2
@@ -98,7 +117,7 @@ def storage_bytes(parameters: int, dtype: str = "float32") -> int:
     return parameters * BYTES[dtype]
 
 
-def kv_cache_bytes(config: ScratchGPTConfig, tokens: int = 1, dtype: str = "float32") -> int:
+def kv_cache_bytes(config: "ScratchGPTConfig", tokens: int = 1, dtype: str = "float32") -> int:
     """Bytes of the keys and values in `dtype` that generation keeps for `tokens` of one text.
 
     Each block keeps a key and a value of C numbers a token (Shazeer 2019, section 2.4).
@@ -107,7 +126,7 @@ def kv_cache_bytes(config: ScratchGPTConfig, tokens: int = 1, dtype: str = "floa
     return storage_bytes(numbers, dtype)
 
 
-def forward_flops_per_token(config: ScratchGPTConfig, length: int | None = None) -> int:
+def forward_flops_per_token(config: "ScratchGPTConfig", length: int | None = None) -> int:
     """FLOPs of the matrix products for one token of a text of `length` tokens, on average.
 
     A weight takes 2 FLOPs a token, the embeddings none (Kaplan et al. 2020, section 2.1 and table
@@ -126,7 +145,7 @@ def forward_flops_per_token(config: ScratchGPTConfig, length: int | None = None)
     return 2 * (config.num_hidden_layers * block + config.vocab_size * hidden)
 
 
-def training_flops_per_token(config: ScratchGPTConfig, length: int | None = None) -> int:
+def training_flops_per_token(config: "ScratchGPTConfig", length: int | None = None) -> int:
     """FLOPs of the matrix products, forward and backward, for one token on average.
 
     Three times the forward pass: each product X W has a gradient with respect to X and one with
@@ -139,7 +158,7 @@ def training_flops_per_token(config: ScratchGPTConfig, length: int | None = None
     return 3 * forward_flops_per_token(config, length)
 
 
-def rule_of_thumb_flops_per_token(config: ScratchGPTConfig) -> int:
+def rule_of_thumb_flops_per_token(config: "ScratchGPTConfig") -> int:
     """FLOPs of training for one token by the rule of thumb of published figures: 6 N.
 
     N is all parameters, as in Brown et al. 2020, appendix D; attention's scores do not count.
@@ -171,7 +190,7 @@ def humanize_seconds(seconds: float) -> str:
 
 
 def training_memory(
-    config: ScratchGPTConfig,
+    config: "ScratchGPTConfig",
     batch_size: int = 1,
     length: int | None = None,
     attention: str = "sdpa",
@@ -214,7 +233,7 @@ def training_memory(
 
 
 def _fullest_moment(
-    config: ScratchGPTConfig, sizes: dict[str, int], kept: int, checkpointing: bool
+    config: "ScratchGPTConfig", sizes: dict[str, int], kept: int, checkpointing: bool
 ) -> int:
     """The most numbers alive at one time, apart from the weights and AdamW's moments.
 
@@ -241,7 +260,7 @@ def _fullest_moment(
 
 
 def _tensors_of_a_step(
-    config: ScratchGPTConfig, batch_size: int, length: int, attention: str
+    config: "ScratchGPTConfig", batch_size: int, length: int, attention: str
 ) -> dict[str, int]:
     """How many numbers each part keeps for the backward pass, or makes in it."""
     tokens = batch_size * length
@@ -258,6 +277,8 @@ def _tensors_of_a_step(
     # pass; in pieces: the gradient of the head twice, that of its inputs, and a piece of both.
     loss, logits_gradient = 3 * logits, logits
     if config.chunked_loss:
+        from .model.modeling_scratch_gpt import LOSS_PIECE
+
         piece = min(tokens, LOSS_PIECE) * (config.vocab_size + config.hidden_size)
         loss = 2 * config.vocab_size * config.hidden_size + hidden + piece
         logits_gradient = 0
@@ -279,8 +300,8 @@ def _tensors_of_a_step(
     }
 
 
-def _ours(config: ScratchGPTConfig) -> ScratchGPTConfig:
-    if config.model_type != ScratchGPTConfig.model_type:
+def _ours(config: "ScratchGPTConfig") -> "ScratchGPTConfig":
+    if config.model_type != "scratch_gpt":
         raise ValueError(
             f"{type(config).__name__} is not a ScratchGPTConfig, whose shapes are known here; make "
             "the model on the device meta and add up its parameters"
@@ -288,13 +309,13 @@ def _ours(config: ScratchGPTConfig) -> ScratchGPTConfig:
     return config
 
 
-def _inner(config: ScratchGPTConfig) -> int:
+def _inner(config: "ScratchGPTConfig") -> int:
     inner = _ours(config).intermediate_size
     assert inner is not None, "the configuration derives it"
     return inner
 
 
-def _checked_length(config: ScratchGPTConfig, length: int | None) -> int:
+def _checked_length(config: "ScratchGPTConfig", length: int | None) -> int:
     limit = config.max_position_embeddings
     if length is not None and not 1 <= length <= limit:
         raise ValueError(

@@ -10,7 +10,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from ..model.configuration_scratch_gpt import PRESET_ALIASES
+from ..model.presets_scratch_gpt import PRESET_ALIASES
 
 # With the card, which states the licence.
 _TEXTS = ["*.json", "*.txt", "*.tiktoken", "*.model", "README.md"]

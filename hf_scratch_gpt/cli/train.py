@@ -65,7 +65,10 @@ def train(
         bool, typer.Option("--lora-merge", help="Add it to the weights at the end.")
     ] = False,
     validation: Annotated[str, typer.Option(help="Part to validate on, or other texts.")] = "0.05",
-    validation_tokens: Annotated[int, typer.Option(help="Tokens of that at most.")] = 1_000_000,
+    validation_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of that at most; a million, in a short training fewer."),
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
     sample_prompt: Annotated[str | None, typer.Option(help="Text to continue at times.")] = None,
     sample_steps: Annotated[float, typer.Option(help="How often; below 1, part of all.")] = 0.1,

@@ -35,7 +35,7 @@ from .callbacks import (
 )
 from .card import describe_training
 from .corpus import tokenize
-from .plan import TimeLeft, describe_plan
+from .plan import TimeLeft, describe_plan, validation_limit
 from .texts import Sources
 from .trainer import make_trainer, run_to_end
 from .vocabularies import gpt2_vocabulary, is_recipe, make_vocabulary
@@ -76,7 +76,7 @@ def train(
     tokenizer: setup.Tokenizer | None = None,
     block_size: int | None = None,
     validation: float | Sources | None = 0.05,
-    validation_tokens: int = 1_000_000,
+    validation_tokens: int | None = None,
     text_field: str = "text",
     cache_dir: str | os.PathLike[str] | None = None,
     sample_prompt: str | None = None,
@@ -108,7 +108,8 @@ def train(
             weights GPT-2's own, if it is in Hugging Face's cache, else "bpe".
         block_size: tokens in a training example; as many as the model has positions if not given.
         validation: which part of the blocks, from the end, to validate on; or other texts; or None.
-        validation_tokens: validate on so many tokens of that at most, spread evenly over it.
+        validation_tokens: validate on so many tokens of that at most, spread evenly over it. If not
+            given, a million, and not many more than are trained on in between.
         text_field, cache_dir: see `tokenize`.
         sample_prompt: a text that the model continues every `sample_steps` steps (below 1: that
             part of all steps).
@@ -141,7 +142,7 @@ def train(
     encoder.model_max_length = min(encoder.model_max_length, config.max_position_embeddings)
     size = setup.checked_block_size(block_size, config)
     arguments = setup.make_arguments(folder, trained is None, bool(validation), training_arguments)
-    setup.on_first_process(arguments, lambda: runs.read_record(folder) and None)
+    record = setup.on_first_process(arguments, lambda: runs.read_record(folder))
     blocks, held_out = Blocks(tokenize(sources, encoder, text_field, cache_dir), size), None
     if isinstance(validation, float | int):
         blocks, held_out = blocks.split(validation) if validation else (blocks, None)
@@ -150,6 +151,8 @@ def train(
     notice = on_notice if arguments.process_index == 0 else logger.debug
     for line in lines:
         notice(line)
+    if validation_tokens is None:
+        validation_tokens = validation_limit(arguments, blocks, record)
     held_out = _bounded(blocks, held_out, validation_tokens, notice)
     run = runs.describe(config, trained, encoder, arguments, blocks, held_out, lora)
     names = [os.fspath(text) for text in _listed(sources)]
@@ -169,6 +172,8 @@ def train(
     trainer = make_trainer(model, encoder, arguments, blocks, held_out, callbacks)
     total = setup.resolve_steps(trainer)
     begun = runs.step_of(checkpoint)
+    if checkpoint is not None:
+        setup.on_first_process(arguments, lambda: runs.take_rhythm(checkpoint, arguments))
     notice(describe_plan(model, arguments, blocks, held_out, total, begun))
     trainer.add_callback(TimeLeft(notice))
     if sample_prompt is not None:

@@ -28,7 +28,8 @@ def preset_sizes(name: str, **overrides: Any) -> Any:
     Raises:
         ValueError: no preset has that name, or the sizes do not fit.
     """
-    fields = {**find_preset(name), **dict(fused_kernels=True, chunked_loss=False), **overrides}
+    switches = dict(model_type="scratch_gpt", fused_kernels=True, chunked_loss=False)
+    fields = {**find_preset(name), **switches, **overrides}
     fields.setdefault("intermediate_size", 4 * fields["hidden_size"])
     check_sizes(fields)
     return SimpleNamespace(**fields)

@@ -18,7 +18,7 @@ SHORTFALLS = {
     "Qwen3ForCausalLM": {UNKNOWN: SWALLOWED, PIPELINE: LATER_MASK},
     "PhiForCausalLM": {
         UNKNOWN: SWALLOWED,
-        PIPELINE: "its last norm is called `final_layernorm`, and each stage applies it: all logits",
+        PIPELINE: "its last norm is called `final_layernorm`, so each stage applies it",
     },
     "Olmo2ForCausalLM": {
         UNKNOWN: SWALLOWED,

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from .contracts import copy_of_model, run_contract
+from .contracts import MODEL, copy_of_model, run_contract
 
 MODELING, BLOCKS, CONFIGURATION = "modeling", "blocks", "configuration"
 POSITIONS = "positions"
@@ -250,6 +250,13 @@ TRAPS = {
         "test_embeddings_in_place_of_ids",
     ),
 }
+
+
+def test_what_is_replaced_is_there():
+    """Whoever changes the model changes the traps too."""
+    for trap, (replaced, _) in TRAPS.items():
+        for kind, old, _ in replaced:
+            assert old in (MODEL / f"{kind}_scratch_gpt.py").read_text(), trap
 
 
 @pytest.mark.release

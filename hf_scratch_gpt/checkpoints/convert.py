@@ -97,7 +97,9 @@ def _write_card(folder: Path, source: GPT2Source, dtype: torch.dtype, checked: s
     )
     compared = "The logits were not compared with the source's."
     if checked is not None:
-        compared = f"On random tokens, {checked} from the source's, computed by its own code."
+        compared = (
+            f"On random tokens, {checked} from the source's, computed by transformers' GPT-2."
+        )
     write_card(
         folder,
         f"Converted from `{name_of(name)}` ({source.origin})",

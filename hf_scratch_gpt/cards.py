@@ -12,9 +12,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
+from transformers import PretrainedConfig
 
 from .files import sha256
-from .model.configuration_scratch_gpt import VERSION
+from .model.configuration_scratch_gpt import VERSION, ScratchGPTConfig
 
 _LARGEST = 1 << 20  # bytes of a card to read
 _LONGEST = 200  # characters of a value to take
@@ -34,14 +35,11 @@ _USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 place = "."  # this folder; anywhere else its path, or owner/name on the Hub
-model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(place{trust})
+tokenizer = AutoTokenizer.from_pretrained(place{trust})
 prompt = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens={tokens})[0]))
-```
-
-`trust_remote_code=True` runs the Python files of this folder. Where the package hf_scratch_gpt is
-installed, `import hf_scratch_gpt` does in place of it."""
+```"""
 _USE_IDS = """\
 It has no vocabulary of GPT-2's kind with it, so this takes ids of tokens.
 
@@ -50,11 +48,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 place = "."  # this folder; anywhere else its path, or owner/name on the Hub
-model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(place{trust})
 print(model.generate(torch.tensor([[0]]), max_new_tokens={tokens}))
-```
+```"""
+_TRUST, _TRUSTED = (
+    ", trust_remote_code=True",
+    """
 
-`trust_remote_code=True` runs the Python files of this folder."""
+`trust_remote_code=True` runs the Python files of this folder. Where the package hf_scratch_gpt is
+installed, `import hf_scratch_gpt` does in place of it.""",
+)
 _USE_ADAPTER = """\
 An adapter is added to the model that it was trained for, `{base}`.
 
@@ -79,7 +82,7 @@ def write_card(
     folder: Path,
     made: str,
     sections: Mapping[str, str],
-    positions: int,
+    config: PretrainedConfig,
     source: str | None = None,
     has_tokenizer: bool = True,
 ) -> None:
@@ -88,27 +91,31 @@ def write_card(
     Args:
         made: a sentence that says how it was made.
         sections: what else the maker knows, by headings.
-        positions: how many tokens the model reads.
+        config: the model's.
         source: the model that it is made of, a folder, file or hub id; None if of none.
         has_tokenizer: whether `AutoTokenizer` loads one from the folder.
     """
-    is_adapter = (folder / "adapter_config.json").is_file()
+    is_adapter, kind = (folder / "adapter_config.json").is_file(), config.model_type
     count = parameters_in(folder)
     stated = {} if source is None else stated_by(source)
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["gpt2", "scratch_gpt"],
+        tags=["gpt2", kind] if kind == ScratchGPTConfig.model_type else [kind],
         base_model=None if source is None or Path(source).exists() else source,
         **stated,
     )
     example = _USE_ADAPTER if is_adapter else _USE if has_tokenizer else _USE_IDS
-    tokens = max(1, min(_TOKENS, positions - _PROMPT_TOKENS))
+    brings_code = any(folder.glob("modeling_*.py"))
+    tokens = max(1, min(_TOKENS, config.max_position_embeddings - _PROMPT_TOKENS))
+    use = example.format(
+        tokens=tokens, base=source and name_of(source), trust=_TRUST if brings_code else ""
+    )
     parts = {
-        "Use": example.format(tokens=tokens, base=source and name_of(source)),
+        "Use": use + (_TRUSTED if brings_code else ""),
         **sections,
         "Licence": _licence(source, stated),
-        "Limitations": _LIMITATIONS.format(positions=positions),
+        "Limitations": _LIMITATIONS.format(positions=config.max_position_embeddings),
         "Files": _files(folder),
     }
     title = f"{'An adapter' if is_adapter else 'A GPT'} of {count:,} parameters"

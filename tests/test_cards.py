@@ -11,6 +11,7 @@ from hf_scratch_gpt.files import sha256
 from hf_scratch_gpt.training import train
 
 from .commands import convert, export
+from .models import random_gpt2
 
 TEXT = "The cat sat on the mat. " * 100
 
@@ -95,6 +96,19 @@ def test_a_licence_goes_from_card_to_card(licensed, run, monkeypatch, capsys):
     )
     assert re.search(r"\n\| 2 \| \d\.\d{3} \| [\d,.]+ \|\n", card.text)  # the last validation
     assert_files_are_listed(folder)
+    assert paste(folder, monkeypatch, capsys).startswith("The")
+
+
+def test_card_of_a_model_of_transformers(tiny_tokenizer, run, monkeypatch, capsys, logged_warnings):
+    """`train` takes any causal language model."""
+    model = random_gpt2(vocab_size=400)
+    folder = run(model=model, tokenizer=tiny_tokenizer)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.tags == ["gpt2"]
+    assert (
+        "3 layers, 4 heads, 32 numbers for a token, 400 tokens in the vocabulary, 64" in card.text
+    )
+    assert "trust_remote_code" not in card.text
     assert paste(folder, monkeypatch, capsys).startswith("The")
 
 

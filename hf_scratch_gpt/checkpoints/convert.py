@@ -110,7 +110,7 @@ def _write_card(folder: Path, source: GPT2Source, dtype: torch.dtype, checked: s
             "Sizes": sizes,
             "Evaluation": f"{compared} `hf-scratch-gpt eval FOLDER TEXT` measures perplexity.",
         },
-        config.max_position_embeddings,
+        config,
         source=name,
         has_tokenizer=source.tokenizer is not None,
     )

@@ -6,21 +6,33 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerState
+from transformers import PretrainedConfig, TrainerState
 
 from ..cards import name_of, write_card
 from . import run_folder as runs
 
 _ROWS = 10  # of the table of losses
+_SIZES = [
+    ("num_hidden_layers", "layers"),
+    ("num_attention_heads", "heads"),
+    ("hidden_size", "numbers for a token"),
+    ("vocab_size", "tokens in the vocabulary"),
+    ("max_position_embeddings", "positions"),
+]
 
 
 def describe_training(
-    folder: Path, state: TrainerState, texts: Sequence[str], base: str | None
+    folder: Path,
+    state: TrainerState,
+    config: PretrainedConfig,
+    texts: Sequence[str],
+    base: str | None,
 ) -> None:
     """Write the card of the run in `folder`, whose model is saved.
 
     Args:
         state: as training left it.
+        config: the model's.
         texts: the sources that were trained on, as `train` took them.
         base: the folder or hub id of the model that training began with; None for fresh weights.
     """
@@ -32,10 +44,10 @@ def describe_training(
         f"Trained {began}",
         {
             "Data": _data(run, texts),
-            "Training": _training(run, state),
+            "Training": _training(run, state, config),
             "Evaluation": _losses(state),
         },
-        run["model.max_position_embeddings"],
+        config,
         source=base,
     )
 
@@ -51,16 +63,14 @@ def _data(run: dict[str, Any], texts: Sequence[str]) -> str:
     )
 
 
-def _training(run: dict[str, Any], state: TrainerState) -> str:
-    sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    layers, heads, width = (run[f"model.{name}"] for name in sizes)
+def _training(run: dict[str, Any], state: TrainerState, config: PretrainedConfig) -> str:
     adapter = f", an adapter of rank {run['lora']} alone" if "lora" in run else ""
+    # Not every model has all of them.
+    known = [f"{getattr(config, name):,} {what}" for name, what in _SIZES if hasattr(config, name)]
     return (
-        f"{layers} layers, {heads} heads, width {width}; {run['model.vocab_size']:,} tokens in the "
-        f"vocabulary, {run['model.max_position_embeddings']:,} positions{adapter}. "
-        f"{state.global_step:,} steps of {run['batch_size']} blocks by {run['optim']}, learning "
-        f"rate {run['learning_rate']:g} ({run['lr_scheduler_type']}), seed {run['seed']}; "
-        f"transformers {transformers.__version__}, torch {torch.__version__}."
+        f"{', '.join(known)}{adapter}. {state.global_step:,} steps of {run['batch_size']} blocks "
+        f"by {run['optim']}, learning rate {run['learning_rate']:g} ({run['lr_scheduler_type']}), "
+        f"seed {run['seed']}; transformers {transformers.__version__}, torch {torch.__version__}."
     )
 
 

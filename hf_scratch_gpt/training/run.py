@@ -157,7 +157,7 @@ def train(
     run = runs.describe(config, trained, encoder, arguments, blocks, held_out, lora)
     names = [os.fspath(text) for text in _listed(sources)]
     base = None if trained is None else _name_of_base(model, trained)
-    describe = partial(describe_training, folder, texts=names, base=base)
+    describe = partial(describe_training, folder, config=config, texts=names, base=base)
     state, checkpoint = setup.on_first_process(
         arguments, lambda: _enter(folder, run, arguments, merge_lora, describe)
     )

@@ -26,7 +26,7 @@ from .callbacks import KeepFolder, RunningLoss, StopOnSignal, losses_of_rows
 logger = logging.get_logger(__name__)
 
 
-_LOGITS = 2**24  # that are in memory at a time when a model is evaluated
+_LOGITS = 2**22  # that are in memory at a time when a model is evaluated
 
 
 class _Trainer(Trainer):

@@ -1,6 +1,7 @@
 """Files and folders that appear all at once or not at all, whenever their command is stopped."""
 
 import ctypes
+import hashlib
 import os
 import re
 import shutil
@@ -32,6 +33,12 @@ def new_file(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of the file `path`, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def give_memory_back() -> None:

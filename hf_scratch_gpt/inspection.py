@@ -50,7 +50,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Expected:
-    """A token that may come next, and its probability."""
+    """A `token` that may come next, its `id` and its `probability`."""
 
     token: str
     id: int
@@ -129,7 +129,7 @@ def inspect(
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, id_: int) -> str:
-    """The text of a token, or the vocabulary's own name for a part of a character."""
+    """The text of the token `id_` by `tokenizer`, or its own name for a part of a character."""
     text = tokenizer.decode([id_])
     return str(tokenizer.convert_ids_to_tokens(id_)) if not text or "\ufffd" in text else text
 
@@ -221,7 +221,7 @@ def _folded(parts: list[list[Block]]) -> Iterator[Block]:
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
-    """Write an HTML page that needs nothing else, all at once.
+    """Write `inspection` to `path` as an HTML page that needs nothing else, all at once.
 
     It shows the tokens, the attention of each head as a heat map, what the model expects after each
     token, and the shapes.

@@ -28,7 +28,8 @@ def preset_sizes(name: str, **overrides: Any) -> Any:
     Raises:
         ValueError: no preset has that name, or the sizes do not fit.
     """
-    fields = {**find_preset(name), **dict(fused_kernels=True, chunked_loss=False), **overrides}
+    switches = dict(model_type="scratch_gpt", fused_kernels=True, chunked_loss=False)
+    fields = {**find_preset(name), **switches, **overrides}
     fields.setdefault("intermediate_size", 4 * fields["hidden_size"])
     check_sizes(fields)
     return SimpleNamespace(**fields)
@@ -93,6 +94,9 @@ def count_parameters(config: "ScratchGPTConfig") -> ParameterCounts:
 
     The shapes are those of Radford et al. 2019, section 2.3, on Vaswani et al. 2017, sections 3.2
     and 3.3: a projection from A to B has A * B weights and B biases; the head has no bias.
+
+    Raises:
+        ValueError: the configuration is of another model, as for all functions here.
     """
     hidden, inner = config.hidden_size, _inner(config)
     token_embedding = config.vocab_size * hidden
@@ -115,11 +119,12 @@ def storage_bytes(parameters: int, dtype: str = "float32") -> int:
 
 
 def kv_cache_bytes(config: "ScratchGPTConfig", tokens: int = 1, dtype: str = "float32") -> int:
-    """Bytes of the keys and values that generation keeps for `tokens` tokens of one text.
+    """Bytes of the keys and values in `dtype` that generation keeps for `tokens` of one text.
 
     Each block keeps a key and a value of C numbers a token (Shazeer 2019, section 2.4).
     """
-    return storage_bytes(2 * config.num_hidden_layers * config.hidden_size * tokens, dtype)
+    numbers = 2 * _ours(config).num_hidden_layers * config.hidden_size * tokens
+    return storage_bytes(numbers, dtype)
 
 
 def forward_flops_per_token(config: "ScratchGPTConfig", length: int | None = None) -> int:
@@ -163,7 +168,7 @@ def rule_of_thumb_flops_per_token(config: "ScratchGPTConfig") -> int:
 
 
 def training_seconds(flops_per_token: float, tokens: float, flops_per_second: float) -> float:
-    """Seconds to train on `tokens` tokens by a device that sustains `flops_per_second`.
+    """Seconds to train on `tokens` at `flops_per_token`, by a device of `flops_per_second`.
 
     GPT-3's 3.14e23 FLOPs (Brown et al. 2020, table D.1) at 28e12 FLOP/s take 355 years.
 
@@ -177,7 +182,7 @@ def training_seconds(flops_per_token: float, tokens: float, flops_per_second: fl
 
 
 def humanize_seconds(seconds: float) -> str:
-    """A duration in the largest unit that it reaches, "355.4 years"; a year has 365.25 days."""
+    """`seconds` in the largest unit that they reach, "355.4 years"; a year has 365.25 days."""
     units = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60}
     for unit, size in units.items():
         if seconds >= size:
@@ -296,9 +301,19 @@ def _tensors_of_a_step(
     }
 
 
+def _ours(config: "ScratchGPTConfig") -> "ScratchGPTConfig":
+    if config.model_type != "scratch_gpt":
+        raise ValueError(
+            f"{type(config).__name__} is not a ScratchGPTConfig, whose shapes are known here; make "
+            "the model on the device meta and add up its parameters"
+        )
+    return config
+
+
 def _inner(config: "ScratchGPTConfig") -> int:
-    assert config.intermediate_size is not None, "the configuration derives it"
-    return config.intermediate_size
+    inner = _ours(config).intermediate_size
+    assert inner is not None, "the configuration derives it"
+    return inner
 
 
 def _checked_length(config: "ScratchGPTConfig", length: int | None) -> int:

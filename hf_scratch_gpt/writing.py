@@ -71,7 +71,7 @@ def write(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The ids of `prompt`, at least one; a ValueError if there are none."""
+    """The ids of `prompt` by `tokenizer`, at least one; a ValueError if there are none."""
     if not tokenizer.vocab_size:  # without tokens that were added, such as the end of text
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no vocabulary; give one with "
@@ -98,6 +98,7 @@ def write_after(
     """Continue a text of tokens as `write` does.
 
     Args:
+        model, tokenizer, max_new_tokens, on_text, generation: as for `write`.
         ids: the tokens, at least one.
         with_logprobs: tell how probable each token was; the model reads each window once more.
     """

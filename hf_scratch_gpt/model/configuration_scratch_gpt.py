@@ -93,7 +93,6 @@ class ScratchGPTConfig(PretrainedConfig):
         ValueError: a value is out of its range, or two names for one field disagree.
 
     Example:
-
     >>> ScratchGPTConfig.from_preset("gpt2-medium").hidden_size
     1024
     >>> ScratchGPTConfig(emb_dim=64, n_layers=2, n_heads=4, context_length=128).intermediate_size

@@ -1,6 +1,6 @@
 """transformers' `Trainer` as `train` uses it: its parts, its run, and what is saved in the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
@@ -107,8 +108,16 @@ def _as_before(model: PreTrainedModel) -> Iterator[None]:
         model.config.use_cache = True  # the Trainer has turned it off
 
 
-def run_to_end(trainer: _Trainer, checkpoint: Path | None, merge_lora: bool) -> bool:
-    """Train, from `checkpoint` on if there is one, and save; whether a signal ended it before."""
+def run_to_end(
+    trainer: _Trainer,
+    checkpoint: Path | None,
+    merge_lora: bool,
+    describe: Callable[[TrainerState], None],
+) -> bool:
+    """Train, from `checkpoint` on if there is one, and save; whether a signal ended it before.
+
+    `describe` writes the card of what was saved.
+    """
     from ..engine.swap import optimize_for_training, restore
 
     model_class = type(trainer.model)
@@ -126,6 +135,9 @@ def run_to_end(trainer: _Trainer, checkpoint: Path | None, merge_lora: bool) -> 
         interrupted = stop.stopped and trainer.state.global_step < trainer.state.max_steps
         if not interrupted:
             _save(trainer, model_class, merge_lora)
+            if trainer.args.should_save:
+                describe(trainer.state)
+            trainer.save_state()  # last, as it says that all is there
         trainer.accelerator.wait_for_everyone()
     return interrupted
 
@@ -147,4 +159,3 @@ def _save(trainer: Trainer, model_class: type[PreTrainedModel], merge_lora: bool
             model.generation_config = trainer.model.generation_config
             model.save_pretrained(trainer.args.output_dir, state_dict=weights)
             trainer.processing_class.save_pretrained(trainer.args.output_dir)
-    trainer.save_state()  # last, as it says that all is there

@@ -17,6 +17,7 @@ from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from hf_scratch_gpt.cli import demo_run as demo
 
 from ..models import random_model
+from ..test_readme import assert_printed, blocks
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,10 @@ def test_the_whole_demo_learns_more_than_pairs_of_tokens(tmp_path, run):
     assert code == 0, error
     losses = re.search(r"Validation loss (\S+) nats per token; (\S+) for the best bigram", out)
     assert float(losses[1]) <= float(losses[2]) - 0.35
+    begin = " ".join(demo.PROMPT.split()[:-1])  # what follows depends on the processor
+    (picture,) = blocks("text")
+    lines = [begin if line.startswith(begin) else line for line in picture.splitlines()]
+    assert_printed(lines, out)
     state = json.loads((tmp_path / "model" / "trainer_state.json").read_text())
     assert sum("eval_loss" in entry for entry in state["log_history"]) >= 10
 

@@ -2,7 +2,9 @@
 
 Random weights of GPT-2's size, the same for all; rounds in turns; what is written or scored
 is compared before it is timed. CTranslate2 and llama.cpp take part where they are installed
-(`pip install -e '.[benchmarks]'`).
+(`pip install -e '.[benchmarks]'`), OpenVINO where `--openvino` names its environment's interpreter.
+A peer that takes ten times the median of all is left out; the table says so. `--notes` keeps the
+standing in benchmarks/NOTES.md.
 """
 
 import argparse
@@ -18,19 +20,31 @@ from transformers.utils import logging
 
 from . import generation, start
 from .peers import make_weights
-from .report import draw, table
+from .report import draw, keep_standing, processor, table
 from .training import training
 
+NOTES = Path(__file__).with_name("NOTES.md")
 
-def measurements(folder: Path, rounds: int, device: str) -> dict[str, Callable[[], dict[str, Any]]]:
+
+def measurements(
+    folder: Path, rounds: int, device: str, openvino: str | None
+) -> dict[str, Callable[[], dict[str, Any]]]:
     """Each measurement by its name."""
     named: dict[str, Callable[[], dict[str, Any]]] = {}
-    for weights in ("float32", "bfloat16", "int8") if device == "cpu" else ("bfloat16",):
-        named[f"decode {weights}"] = partial(generation.decode, folder, weights, rounds, device)
-    for dtype in ("float32", "bfloat16") if device == "cpu" else ("bfloat16",):
-        named[f"prefill {dtype}"] = partial(generation.prefill, folder, dtype, rounds, device)
-        named[f"32 texts {dtype}"] = partial(generation.batch, folder, dtype, rounds, device)
-        named[f"training {dtype}"] = partial(training, folder, dtype, rounds, device)
+    dtypes = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
+    lines = {
+        "one text, 32 + 64": dict(texts=1, prompt=32, written=64),
+        "prompt of 1,000": dict(texts=1, prompt=1000, written=1),
+        "8 texts, 32 + 32": dict(texts=8, prompt=32, written=32),
+        "32 texts, 32 + 32": dict(texts=32, prompt=32, written=32),
+    }
+    for line, sizes in lines.items():
+        for weights in (*dtypes, "int8") if device == "cpu" else dtypes:
+            named[f"{line}, {weights}"] = partial(
+                generation.writing, folder, weights, rounds, device, openvino, **sizes
+            )
+    for dtype in dtypes:
+        named[f"training, {dtype}"] = partial(training, folder, dtype, device)
     named["from_pretrained"] = partial(start.loading, folder, rounds)
     for texts in (1, 10_000):
         named[f"tokenization, 10 MB in {texts:,}"] = partial(start.tokenization, texts, rounds)
@@ -42,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--preset", default="gpt2", help="size of the model, such as gpt2-xl")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", help="measurements whose name begins so, such as decode")
+    parser.add_argument("--only", help="measurements whose name has this, such as 'one text'")
+    parser.add_argument("--openvino", help="the interpreter of an environment with optimum-intel")
+    parser.add_argument("--notes", action="store_true", help="keep the standing in NOTES.md")
     parser.add_argument("--workplace", type=Path, help="folder for weights, kept; 2 GB for gpt2")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--png", type=Path, default=Path("benchmarks.png"), help="the picture")
@@ -59,10 +75,13 @@ def main() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         make_weights(folder, options.preset)
         results = {}
-        for name, measure in measurements(folder, options.rounds, device).items():
-            if name.startswith(options.only or ""):
+        planned = measurements(folder, options.rounds, device, options.openvino)
+        for name, measure in planned.items():
+            if (options.only or "") in name:
                 results[name] = measure()
                 print(table({name: results[name]}), flush=True)
+                if options.notes:
+                    keep_standing({name: results[name]}, NOTES, processor())
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     if any("rates" in result for result in results.values()):

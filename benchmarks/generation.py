@@ -1,7 +1,9 @@
-"""Writing and reading: one text, a long prompt, 32 texts at once."""
+"""Writing and reading: one text, a long prompt, several texts at once."""
 
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -9,22 +11,28 @@ from transformers import PreTrainedModel
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
-from .peers import DTYPES, OURS, load, optimize_for_generation, writers
+from .peers import DTYPES, Write, load, writers
 from .timing import in_turns, matrix_peak, rates, read_bandwidth, seconds_of
 
-PROMPT, WRITTEN = 32, 64
-LONG, TEXTS, WRITTEN_BY_EACH = 1024, 32, 8
 # How far below the best token's score a written one's may be on average, in spreads of the scores.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02, "int8": 0.02}
+_TOO_SLOW = 10  # times the median of all; such a way is left out
 
 
-def weight_bytes(folder: Path, weights: str) -> int:
-    """Bytes of all matrices, which one token reads; greedy search of ours reads less."""
+def limit(folder: Path, weights: str, device: str, texts: int, prompt: int, written: int) -> float:
+    """The least seconds: matrices read at memory's speed, or multiplied at the processor's.
+
+    Greedy search of ours reads less than all of the head.
+    """
     with torch.device("meta"):
         model = ScratchGPTForCausalLM(ScratchGPTConfig.from_preset(folder.name))
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    numbers = sum(linear.weight.numel() for linear in linears)
     size = {"float32": 4, "bfloat16": 2, "int8": 1}[weights]
-    linears = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    return size * sum(linear.weight.numel() for linear in linears)
+    peak = matrix_peak(DTYPES.get(weights, torch.float32), device)
+    read, flops = size * numbers / read_bandwidth(device), 2 * numbers * texts
+    of_prompt = 2 * (numbers - model.lm_head.weight.numel()) * texts * prompt / peak
+    return of_prompt + (written - 1) * max(read, flops / peak)
 
 
 @torch.no_grad()
@@ -48,67 +56,59 @@ def check(
     assert gap < tolerance, f"{name} writes other tokens than GPT2LMHeadModel: {gap}"
 
 
-def decode(folder: Path, weights: str, rounds: int, device: str) -> dict[str, Any]:
-    """Tokens a second of one text."""
-    ids = torch.randint(0, 50257, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    reference = load(folder, "float32", device)[0]
-    ways, firsts, texts, crashed = {}, {}, {}, []
-    for name, write in writers(folder, weights, device):
+def tried(
+    ways: list[tuple[str, Write]], ids: torch.Tensor, device: str
+) -> tuple[dict[str, Write], dict[str, float], list[str]]:
+    """Those of `ways` that are worth their time, seconds of their first calls, and what is not.
+
+    Each writes two tokens after a part of one text, twice: the first call prepares.
+    """
+    firsts: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    left_out = []
+    for name, write in ways:
+        trial = partial(write, ids[:1, :32], 2)
         try:
-            firsts[name] = seconds_of(lambda write=write: write(ids, 2), device)
-        except BrokenProcessPool:
-            crashed.append(name)
-            continue
-        texts[name] = write(ids, WRITTEN)
-        check(name, ids, texts[name], reference, TOLERANCE[weights])
-        ways[name] = lambda write=write: write(ids, WRITTEN)
-    if weights == "float32":
-        expected = texts["GPT2LMHeadModel"]
-        for name, text in texts.items():
-            assert text == expected, f"{name} writes other tokens than GPT2LMHeadModel"
-    size = weight_bytes(folder, weights)
-    return {
-        "unit": "tokens/s",
-        "rates": rates(WRITTEN, in_turns(ways, rounds, device)),
-        "limit": read_bandwidth(device) / size,
-        "first call, s": firsts,
-        "crashed": crashed,
-    }
+            firsts[name] = seconds_of(trial, device)
+            seconds[name] = seconds_of(trial, device)
+            print(
+                f"  {name}: first call {firsts[name]:.2f} s, then {seconds[name]:.2f}", flush=True
+            )
+        except (BrokenProcessPool, RuntimeError) as error:
+            left_out.append(f"{name} ({error})")
+    most = _TOO_SLOW * median(seconds.values())
+    left_out += [
+        f"{name} ({taken / most * _TOO_SLOW:.0f} times the median)"
+        for name, taken in seconds.items()
+        if taken > most
+    ]
+    kept = {name: write for name, write in ways if seconds.get(name, most + 1) <= most}
+    return kept, firsts, left_out
 
 
-@torch.no_grad()
-def prefill(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
-    """Tokens a second of a prompt of 1,024."""
-    ids = torch.randint(0, 50257, (1, LONG), generator=torch.Generator().manual_seed(0)).to(device)
-    theirs, ours = load(folder, dtype, device)
-    models = {"GPT2LMHeadModel": theirs, OURS[0]: ours}
-    models[OURS[1]] = optimize_for_generation(load(folder, dtype, device)[1])
-    ways = {
-        name: lambda model=model: model(ids, use_cache=True, logits_to_keep=1)
-        for name, model in models.items()
-    }
-    logits = {name: way().logits[0, -1].float() for name, way in ways.items()}
-    spread = logits["GPT2LMHeadModel"].std()
-    for name, values in logits.items():
-        difference = (values - logits["GPT2LMHeadModel"]).abs().max() / spread
-        assert difference < (1e-3 if dtype == "float32" else 0.2), f"{name}: {difference}"
-    linears = 12 * ours.config.hidden_size**2 * ours.config.num_hidden_layers
-    attention = ours.config.num_hidden_layers * LONG * ours.config.hidden_size * 2
-    return {
-        "unit": "tokens/s",
-        "rates": rates(LONG, in_turns(ways, rounds, device)),
-        "limit": matrix_peak(DTYPES[dtype], device) / (2 * linears + attention),
-    }
-
-
-def batch(folder: Path, dtype: str, rounds: int, device: str) -> dict[str, Any]:
-    """Tokens a second of 32 texts at once."""
-    ids = torch.randint(0, 50257, (TEXTS, PROMPT), generator=torch.Generator().manual_seed(0))
+def writing(
+    folder: Path,
+    weights: str,
+    rounds: int,
+    device: str,
+    openvino: str | None,
+    texts: int = 1,
+    prompt: int = 32,
+    written: int = 64,
+) -> dict[str, Any]:
+    """Tokens a second: those written, or, if only one is written, those of the prompt."""
+    ids = torch.randint(0, 50257, (texts, prompt), generator=torch.Generator().manual_seed(0))
     reference = load(folder, "float32", device)[0]
-    ways = {}
-    for name, write in writers(folder, dtype, device):
-        if name != "GPT2LMHeadModel, compiled" and not name.startswith("llama.cpp"):
-            check(name, ids, write(ids, WRITTEN_BY_EACH), reference, TOLERANCE[dtype])
-            ways[name] = lambda write=write: write(ids, WRITTEN_BY_EACH)
-    seconds = in_turns(ways, rounds, device)
-    return {"unit": "tokens/s", "rates": rates(TEXTS * WRITTEN_BY_EACH, seconds)}
+    found, missing = writers(folder, weights, device, openvino, texts)
+    ways, firsts, left_out = tried(found, ids, device)
+    for name, write in ways.items():
+        check(name, ids, write(ids, written), reference, TOLERANCE[weights])
+    calls = {name: partial(write, ids, written) for name, write in ways.items()}
+    amount = texts * (prompt if written == 1 else written)
+    return {
+        "unit": "tokens/s",
+        "rates": rates(amount, in_turns(calls, rounds, device)),
+        "limit": amount / limit(folder, weights, device, texts, prompt, written),
+        "first call, s": firsts,
+        "left out": missing + left_out,
+    }

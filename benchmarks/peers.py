@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -20,6 +20,9 @@ from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedM
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from hf_scratch_gpt.checkpoints.verify import gpt2_config
 from hf_scratch_gpt.engine.swap import optimize_for_generation
+
+from . import by_openvino
+from .gguf_file import write_gguf
 
 OURS = ("ours, plain", "ours, fast")
 # CTranslate2 multiplies by oneDNN on processors that are not Intel's, unless it is told otherwise.
@@ -88,36 +91,55 @@ def load(folder: Path, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
     return theirs, ours
 
 
-def writers(folder: Path, weights: str, device: str) -> Iterator[tuple[str, Write]]:
-    """All ways to write with the weights in `folder`, kept as "float32", "bfloat16" or "int8"."""
+def writers(
+    folder: Path, weights: str, device: str, openvino: str | None, texts: int
+) -> tuple[list[tuple[str, Write]], list[str]]:
+    """All ways to write with the weights in `folder`, kept as "float32", "bfloat16" or "int8".
+
+    And what is left out, and why. `openvino` is the interpreter of OpenVINO's environment.
+    """
     dtype = "float32" if weights == "int8" else weights
     theirs, ours = load(folder, dtype, device)
-    fast = copy.deepcopy(ours)
-    if weights == "int8":
-        yield OURS[1], by_fast_generate(fast, "int8")
+    fast = (OURS[1], by_fast_generate(copy.deepcopy(ours), "int8" if weights == "int8" else None))
+    ways: list[tuple[str, Write]] = [fast]
+    if weights != "int8":
+        ways = [("GPT2LMHeadModel", by_generate(theirs)), (OURS[0], by_generate(ours)), fast]
+        if texts == 1:
+            ways.append(("GPT2LMHeadModel, compiled", by_compiled_generate(theirs)))
+    if device != "cpu":
+        return ways, []
+    left_out = []
+    if not importlib.util.find_spec("ctranslate2"):
+        left_out.append("CTranslate2 (not installed)")
+    elif weights == "bfloat16":
+        left_out.append("CTranslate2 (refuses bfloat16 on a CPU)")
     else:
-        yield "GPT2LMHeadModel", by_generate(theirs)
-        compiled = CompileConfig(
-            fullgraph=True, mode="default" if device == "cpu" else "reduce-overhead"
-        )
-        compiled._compile_all_devices = True
-        yield (
-            "GPT2LMHeadModel, compiled",
-            by_generate(
-                copy.deepcopy(theirs),
-                cache_implementation="static",
-                compile_config=compiled,
-            ),
-        )
-        yield OURS[0], by_generate(ours)
-        yield OURS[1], by_fast_generate(fast)
-    if device == "cpu":
-        if importlib.util.find_spec("ctranslate2") and weights != "bfloat16":  # it refuses that
-            yield "CTranslate2", by_ctranslate2(folder, weights, {})
-            yield "CTranslate2, MKL", by_ctranslate2(folder, weights, BY_MKL)
-        if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
-            yield "llama.cpp", by_llama_cpp(folder, weights, flash_attn=False)
-            yield "llama.cpp, flash attention", by_llama_cpp(folder, weights, flash_attn=True)
+        ways.append(("CTranslate2", by_ctranslate2(folder, weights, {})))
+        ways.append(("CTranslate2, MKL", by_ctranslate2(folder, weights, BY_MKL)))
+    if not (importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")):
+        left_out.append("llama.cpp (llama-cpp-python and gguf are not installed)")
+    elif texts > 1:
+        left_out.append("llama.cpp (this binding of it takes one text)")
+    else:
+        ways.append(("llama.cpp", by_llama_cpp(folder, weights, flash_attn=False)))
+        ways.append(("llama.cpp, flash attention", by_llama_cpp(folder, weights, flash_attn=True)))
+    if openvino is None:
+        left_out.append("OpenVINO (--openvino names the interpreter of its environment)")
+    else:
+        try:
+            write = by_openvino.start(openvino, folder, weights, torch.get_num_threads())
+            ways.append(("OpenVINO", lambda ids, count: write(ids.tolist(), count)))
+        except RuntimeError as error:
+            left_out.append(f"OpenVINO ({error})")
+    return ways, left_out
+
+
+def by_compiled_generate(model: PreTrainedModel) -> Write:
+    """`generate` of a copy of `model`, compiled, with a static cache."""
+    mode = "default" if model.device.type == "cpu" else "reduce-overhead"
+    compiled = CompileConfig(fullgraph=True, mode=mode)
+    compiled._compile_all_devices = True
+    return by_generate(copy.deepcopy(model), cache_implementation="static", compile_config=compiled)
 
 
 def by_ctranslate2(folder: Path, weights: str, environment: dict[str, str]) -> Write:
@@ -218,57 +240,3 @@ def _start_llama_cpp(path: str, threads: int, flash_attn: bool) -> None:
             llama.eval(written[-1:])
 
     _write = write
-
-
-# llama.cpp's names of a block's modules.
-GGUF_NAMES = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-
-
-def write_gguf(folder: Path, path: Path, kind: str) -> None:
-    """Write the GPT-2 in `folder` as llama.cpp reads it, matrices as `kind`."""
-    import gguf
-
-    model = GPT2LMHeadModel.from_pretrained(folder)
-    config, form = model.config, gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_block_count(config.n_layer)
-    writer.add_context_length(config.n_positions)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(4 * config.n_embd)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"<{number}>" for number in range(config.vocab_size)])
-    writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(config.vocab_size - 1)
-    names = {
-        "wte": "token_embd",
-        "lm_head": "output",
-        "wpe": "position_embd",
-        "ln_f": "output_norm",
-    }
-    for i in range(config.n_layer):
-        names |= {f"h.{i}.{name}": f"blk.{i}.{ggufs}" for name, ggufs in GGUF_NAMES.items()}
-    for name, tensor in model.state_dict().items():
-        module, _, part = name.removeprefix("transformer.").rpartition(".")
-        is_matrix = tensor.ndim == 2 and module != "wpe"
-        tensor = tensor.T if is_matrix and module.startswith("h.") else tensor
-        values = numpy.ascontiguousarray(tensor.float().numpy())
-        if is_matrix and kind != "F32":
-            values = gguf.quants.quantize(values, form)
-            writer.add_tensor(f"{names[module]}.{part}", values, raw_dtype=form)
-        else:
-            writer.add_tensor(f"{names[module]}.{part}", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

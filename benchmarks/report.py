@@ -1,10 +1,49 @@
 """Figures as a table and as a picture."""
 
+import datetime
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _LONGEST = 3.0  # bars end here, so that a peer a hundred times slower leaves room for the others
+
+
+_COLUMNS = "processor|line|ours, fast|ours, plain|GPT2LMHeadModel|best peer|ratio|limit|on"
+_RULES = "---|---|---:|---:|---:|---|---:|---:|---"
+_HEAD = "\n".join(f"| {row.replace('|', ' | ')} |" for row in (_COLUMNS, _RULES))
+
+
+def processor() -> str:
+    """The processor and the widest instructions that it has."""
+    has = torch.cpu.get_capabilities()
+    kinds = {"amx_bf16": "AMX", "avx512_bw": "AVX-512", "avx2": "AVX2"}
+    kind = next((name for flag, name in kinds.items() if has.get(flag)), "")
+    return f"{has.get('cpu_name', 'CPU')} {kind}, {torch.get_num_threads()} cores".strip()
+
+
+def keep_standing(results: Mapping[str, Mapping[str, Any]], path: Path, machine: str) -> None:
+    """Write a row for each of `results` into the table in `path`, in place of the older one."""
+    text = path.read_text()
+    found = re.search(re.escape(_HEAD) + r"\n((?:\|.*\n)*)", text)
+    if found is None:
+        raise ValueError(f"{path} has no table of the standing; it begins with {_HEAD!r}")
+    rows = {tuple(row.split(" | ")[:2]): row for row in found[1].splitlines()}
+    for line, result in results.items():
+        values = {name: value["median"] for name, value in result.get("rates", {}).items()}
+        peers = {name: value for name, value in values.items() if not name.startswith("ours")}
+        if "ours, fast" not in values or not peers:
+            continue
+        best = max(peers, key=peers.__getitem__)
+        numbers = [values.get(name) for name in ("ours, fast", "ours, plain", "GPT2LMHeadModel")]
+        cells = [f"| {machine}", line, *("" if n is None else f"{n:.4g}" for n in numbers)]
+        cells += [f"{best} {peers[best]:.4g}", f"{values['ours, fast'] / peers[best]:.2f}"]
+        cells += [f"{result['limit']:.4g}" if "limit" in result else ""]
+        rows[cells[0], line] = " | ".join([*cells, f"{datetime.date.today()} |"])
+    table = "\n".join([_HEAD, *rows.values()]) + "\n"
+    path.write_text(text[: found.start()] + table + text[found.end() :])
 
 
 def best_peer(values: Mapping[str, Mapping[str, float]]) -> float:

@@ -1,4 +1,6 @@
-"""`generate` of an optimized model: one text, by greedy search or sampling, goes by the C++."""
+"""`generate` of an optimized model: greedy search and sampling go by the C++."""
+
+# B texts, T tokens so far
 
 import copy
 import functools
@@ -16,7 +18,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .one_token import OneToken, can_compute
+from .one_token import OneToken, can_compute, can_compute_many
 
 # What `generate` does not hand to a loop that it is given, and caches, which the C++ does not fill.
 _FOR_OTHER_LOOPS = (
@@ -39,11 +41,11 @@ class Optimized:
 
 
 class _Unsuited(Exception):
-    """The text has to be written by transformers' own loop."""
+    """The texts have to be written by transformers' own loop."""
 
 
 class FastGeneration(GenerationMixin):
-    """Goes before a language model's own class: of one text 1.7 to 3.2 times as fast."""
+    """Goes before a language model's own class: 1.5 to 3.2 times as fast."""
 
     optimized: Optimized
 
@@ -51,14 +53,13 @@ class FastGeneration(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`, with a loop of its own where that gives the same."""
         model: Any = self
-        ids = kwargs.get("input_ids", inputs)
         if len(args) > 1 or any(kwargs.get(name) is not None for name in _FOR_OTHER_LOOPS):
             return super().generate(inputs, *args, **kwargs)
         if kwargs.get("tokenizer") is not None and _needs_tokenizer(model, args, kwargs):
             return super().generate(inputs, *args, **kwargs)
         if model.device.type != "cpu":
             args, kwargs = _with_static_cache(model, args, kwargs)
-        elif (ids is None or len(ids) == 1) and can_compute(model):
+        elif can_compute(model):
             # The loop has the streamer to itself, as it may turn out not to suit.
             loop = functools.partial(_write, streamer=kwargs.get("streamer"))
             given = kwargs | {"streamer": None, "custom_generate": loop}
@@ -107,15 +108,17 @@ def _write(
 ) -> torch.Tensor:
     """The loop of greedy search and sampling; `generate` has prepared the arguments.
 
-    Returns the prompt and what was written, (1, T); raises _Unsuited before anything was done.
+    Returns the prompts and what was written, (B, T); raises _Unsuited before anything was done.
     """
-    if not _suits(input_ids, generation_config, model_kwargs):
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if not _suits(model, input_ids, mask, generation_config, model_kwargs):
         raise _Unsuited
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    cache = model_kwargs["cache"]
-    logits = model(input_ids, cache=cache, logits_to_keep=1).logits
-    reader = OneToken(model, cache, model.optimized.way)
+    cache, first = model_kwargs["cache"], mask.argmax(-1)
+    logits = model(input_ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits
+    reader = OneToken(model, cache, model.optimized.way, first)
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
         scores = logits_processor(input_ids, logits[:, -1].float())
@@ -124,36 +127,66 @@ def _write(
         return scores.argmax(-1, keepdim=True)
 
     wants_best = not (generation_config.do_sample or logits_processor)
+    padding = _padding(generation_config) if _has_end(stopping_criteria) else None
+    is_going = torch.ones(len(input_ids), dtype=torch.bool, device="cpu")
     token = choose(logits)
     while True:
+        if padding is not None:
+            token = token.where(is_going[:, None], padding)
         input_ids = torch.cat([input_ids, token], dim=-1)
         if streamer is not None:
-            streamer.put(token[0])
-        if stopping_criteria(input_ids, None).all():
+            streamer.put(token[:, 0])
+        is_going &= ~stopping_criteria(input_ids, None)
+        if not is_going.any():
             break
+        if padding is not None:
+            reader.keep(is_going)
         token = reader.best_after(token) if wants_best else choose(reader.logits_after(token))
     if streamer is not None:
         streamer.end()
     return input_ids
 
 
+def _has_end(criteria: StoppingCriteriaList) -> bool:
+    """Whether a text that has come to its end is padded, while others go on."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+
+
+def _padding(config: GenerationConfig) -> int:
+    """What is written after a text's end; if none was chosen, the end's token again."""
+    if config.pad_token_id is not None:
+        return int(config.pad_token_id)
+    end = config.eos_token_id
+    return int(end[0] if isinstance(end, list) else end)
+
+
 def _suits(
-    input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    model: Any,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
 ) -> bool:
-    """Whether it is one text without padding, from its start, and nothing but its ids is asked."""
+    """Whether these are texts from their start, padded on the left at most, and nothing else."""
     cache: Any = model_kwargs.get("cache")
-    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    in_order = torch.arange(input_ids.shape[1], device="cpu")[None]
+    positions = model_kwargs.get("position_ids")
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     return (
         generation_config.get_generation_mode() in modes
         and not generation_config.return_dict_in_generate
         and not torch.is_autocast_enabled("cpu")
         and input_ids.is_cpu
-        and len(input_ids) == 1
+        and mask.shape == input_ids.shape
+        and bool((mask[:, -1] == 1).all() and (mask.diff(dim=-1) >= 0).all())
         and type(cache) is DynamicCache
         and cache.get_seq_length() == 0
-        and (mask is None or bool(mask.all()))
-        and (positions is None or torch.equal(positions, in_order))
+        and (positions is None or _are_in_order(positions, mask))
         and model_kwargs.keys() <= _READ
+        and (len(input_ids) == 1 or can_compute_many(model))
     )
+
+
+def _are_in_order(positions: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether `positions` (B or 1, T) count the tokens that `mask` (B, T) shows."""
+    expected = (mask.cumsum(-1) - 1) * mask
+    return len(positions) in (1, len(mask)) and torch.equal(positions * mask, expected)

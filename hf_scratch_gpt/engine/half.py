@@ -69,7 +69,7 @@ def is_ordinary(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_recorded())
         and x.is_cpu
         and weight.is_cpu
-        and type(weight) in (nn.Parameter, torch.Tensor)
+        and {type(x), type(weight)} <= {nn.Parameter, torch.Tensor}
         and weight.layout == torch.strided
         and x.shape[-1:] == weight.shape[-1:]
         and (bias is None or (bias.dtype, bias.shape) == (weight.dtype, weight.shape[:1]))

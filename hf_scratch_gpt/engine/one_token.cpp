@@ -1,13 +1,15 @@
-// One token's way through a GPT, with the keys and values of the tokens before it at hand.
+// One token of each text on its way through a GPT, with the keys and values of the tokens before it
+// at hand.
 //
-// The mathematics is that of the model's blocks; `one_token.py` fills in the structures. All
-// matrices are read once, at 0.9 of the speed of memory: 1.7 to 3.2 times as fast as `nn.Linear`s.
+// The mathematics is that of the model's blocks; `one_token.py` fills in the structures. For one
+// text all matrices are read once, at 0.9 of the speed of memory: 1.7 to 3.2 times as fast as
+// `nn.Linear`s.
 //
-// C hidden, H heads, D head size, S tokens so far, V words
+// B texts, C hidden, H heads, D head size, S tokens so far, V words
 
 #include <limits>
 
-#include "products.h"
+#include "panels.h"
 
 namespace {
 
@@ -21,7 +23,7 @@ struct Block {
   Product query, key, value, out;
   Norm post_attention_layernorm;
   Product up, down;
-  void *keys, *values;  // (H, room, D)
+  void *keys, *values;  // (B, H, room, D)
   float scaling;
   bool tanh;  // GELU's form
 };
@@ -34,6 +36,11 @@ struct Rough {
   int64_t most;
 };
 
+// Its place among all texts, and its first token's among those that are padded on the left.
+struct Text {
+  int64_t index, first;
+};
+
 struct Model {
   const Block* blocks;
   int64_t layers;
@@ -43,10 +50,11 @@ struct Model {
   int64_t heads, room, inner_size;  // room for so many tokens; the feed-forward's size
   int64_t way;                      // to read matrices; see `times`
   Type type;                        // of keys and values, and of matrices if they are not int8
+  const Text* texts;                // those that go on
+  int64_t count;
 };
 
-void normalize(const std::vector<float>& x, const Norm& norm, std::vector<float>& y) {
-  const int64_t count = x.size();
+void normalize(const float* x, int64_t count, const Norm& norm, float* y) {
   float mean = 0, variance = 0;
 #pragma omp simd reduction(+ : mean)
   for (int64_t i = 0; i < count; i++) mean += x[i] / count;
@@ -72,15 +80,10 @@ inline float exponential(float x) {
   return sum * power;
 }
 
-void gelu(std::vector<float>& x, bool tanh) {
-  const int64_t count = x.size();
-  if (tanh) {
-    // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), and u = sqrt(2 / pi) (x + 0.044715 x^3)
-    for (int64_t i = 0; i < count; i++)
-      x[i] /= 1 + exponential(-1.5957691f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
-  } else {
-    for (int64_t i = 0; i < count; i++) x[i] *= 0.5f * (1 + std::erf(x[i] * 0.70710678f));
-  }
+inline float gelu(float x, bool tanh) {
+  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), and u = sqrt(2 / pi) (x + 0.044715 x^3)
+  if (tanh) return x / (1 + exponential(-1.5957691f * (x + 0.044715f * x * x * x)));
+  return x * 0.5f * (1 + std::erf(x * 0.70710678f));
 }
 
 // One head: query (D) looks at keys and values (S, D).
@@ -146,7 +149,7 @@ bool find_best(const Rough& rough, const Product& head, const std::vector<float>
   found.lower = std::max(found.lower, own.lower);
 #pragma omp barrier
   const auto may_be_best = [&](int64_t row) { return scores[row] + bound(row) >= found.lower; };
-  const auto [start, end] = share_of(head);
+  const auto [start, end] = share_of(head.rows);
   for (int64_t row = start; row < end; row++) own.count += may_be_best(row);
 #pragma omp atomic
   found.count += own.count;
@@ -164,51 +167,75 @@ bool find_best(const Rough& rough, const Product& head, const std::vector<float>
 }
 
 // Weights are of type W, keys and values of type T; `position` tokens have been read before.
-// Returns the word that scores highest, if the rough head tells; or -1, and all `scores` (V).
+// Returns the word that scores highest, if the rough head tells, as it may of one text; or -1, and
+// all `scores` (B, V).
 template <typename W, typename T>
 int64_t run(const Model& model, int64_t position, const float* embedded, float* scores,
             int threads) {
-  const int64_t hidden_size = model.head.columns, size = hidden_size / model.heads;
-  std::vector<float> hidden(embedded, embedded + hidden_size);
-  std::vector<float> query(hidden_size), gathered(hidden_size), inner(model.inner_size);
-  const int64_t way = model.way;
-  const auto add = [&](int64_t row, float y) { hidden[row] += y; };
+  const int64_t count = model.count, hidden_size = model.head.columns, words = model.head.rows;
+  const int64_t size = hidden_size / model.heads, inner_size = model.inner_size;
+  const Text* texts = model.texts;
+  std::vector<float> hidden(embedded, embedded + count * hidden_size), inner(count * inner_size);
+  std::vector<float> normalized(hidden.size()), query(hidden.size()), gathered(hidden.size());
+  // Where row `row` of a key or value of text `text` lies.
+  const auto place = [&](int64_t row, int64_t text, int64_t position) {
+    return ((texts[text].index * model.heads + row / size) * model.room + position) * size +
+           row % size;
+  };
+  const auto multiply_all = [&](const Product& product, const std::vector<float>& x, auto use) {
+    if (count > 1)
+      multiply_many<std::conditional_t<std::is_same_v<W, float>, float, BFloat16>>(
+          product, x.data(), count, use);
+    else
+      multiply(product, Input<W>(x), model.way, [&](int64_t row, float y) { use(row, 0, y); });
+  };
+  const auto add = [&](int64_t row, int64_t text, float y) { hidden[text * hidden_size + row] += y; };
+  const auto normalize_all = [&](const Norm& norm) {
+#pragma omp for
+    for (int64_t start = 0; start < count * hidden_size; start += hidden_size)
+      normalize(&hidden[start], hidden_size, norm, &normalized[start]);
+  };
   Found found;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> normalized(hidden_size), weights(position + 1), activated;
+    std::vector<float> weights(position + 1);
     for (const Block* block = model.blocks; block < model.blocks + model.layers; block++) {
       T *keys = static_cast<T*>(block->keys), *values = static_cast<T*>(block->values);
-      // Where row `row` of this token's key or value lies.
-      const auto place = [&](int64_t row) {
-        return (row / size * model.room + position) * size + row % size;
-      };
-      normalize(hidden, block->input_layernorm, normalized);
-      const Input<W> x(normalized);
-      multiply(block->query, x, way, [&](int64_t row, float y) { query[row] = y; });
-      multiply(block->key, x, way, [&](int64_t row, float y) { put(keys + place(row), y); });
-      multiply(block->value, x, way, [&](int64_t row, float y) { put(values + place(row), y); });
+      normalize_all(block->input_layernorm);
+      multiply_all(block->query, normalized, [&](int64_t row, int64_t text, float y) {
+        query[text * hidden_size + row] = y;
+      });
+      multiply_all(block->key, normalized, [&](int64_t row, int64_t text, float y) {
+        put(keys + place(row, text, position), y);
+      });
+      multiply_all(block->value, normalized, [&](int64_t row, int64_t text, float y) {
+        put(values + place(row, text, position), y);
+      });
 #pragma omp barrier
 #pragma omp for
-      for (int64_t head = 0; head < model.heads; head++) {
-        const int64_t start = head * model.room * size;
-        attend(&query[head * size], keys + start, values + start, position + 1, size,
-               block->scaling, weights, &gathered[head * size]);
+      for (int64_t i = 0; i < count * model.heads; i++) {
+        const int64_t text = i / model.heads, first = texts[text].first;
+        const int64_t start = place(i % model.heads * size, text, first);
+        attend(&query[i * size], keys + start, values + start, position + 1 - first, size,
+               block->scaling, weights, &gathered[i * size]);
       }
-      multiply(block->out, Input<W>(gathered), way, add);
+      multiply_all(block->out, gathered, add);
 #pragma omp barrier
-      normalize(hidden, block->post_attention_layernorm, normalized);
-      multiply(block->up, Input<W>(normalized), way, [&](int64_t row, float y) { inner[row] = y; });
+      normalize_all(block->post_attention_layernorm);
+      multiply_all(block->up, normalized, [&](int64_t row, int64_t text, float y) {
+        inner[text * inner_size + row] = y;
+      });
 #pragma omp barrier
-      activated = inner;
-      gelu(activated, block->tanh);
-      multiply(block->down, Input<W>(activated), way, add);
+#pragma omp for
+      for (size_t i = 0; i < inner.size(); i++) inner[i] = gelu(inner[i], block->tanh);
+      multiply_all(block->down, inner, add);
 #pragma omp barrier
     }
-    normalize(hidden, model.norm, normalized);
-    if (!find_best<W>(model.rough_head, model.head, normalized, way, scores, found))
-      multiply(model.head, Input<W>(normalized), way,
-               [&](int64_t row, float y) { scores[row] = y; });
+    normalize_all(model.norm);
+    if (!find_best<W>(model.rough_head, model.head, normalized, model.way, scores, found))
+      multiply_all(model.head, normalized, [&](int64_t row, int64_t text, float y) {
+        scores[texts[text].index * words + row] = y;
+      });
   }
   return found.row;
 }
@@ -237,3 +264,23 @@ extern "C" int64_t product(const Product* product, int64_t way, const float* x, 
   }
   return 0;
 }
+
+// Products of `count` vectors by panels, as a layer of a model, to which GELU may be applied.
+struct Layer {
+  Product product;
+  int64_t count;
+  bool has_gelu, tanh;
+};
+
+extern "C" int64_t layer(const Layer* layer, int64_t, const float* x, float* y, int threads) {
+  const Product& product = layer->product;
+  const auto use = [&](int64_t row, int64_t vector, float sum) {
+    y[vector * product.rows + row] = layer->has_gelu ? gelu(sum, layer->tanh) : sum;
+  };
+  const bool is_float = product.type == kFloat32;
+  const auto multiply = is_float ? multiply_many<float, decltype(use)> : multiply_many<BFloat16, decltype(use)>;
+#pragma omp parallel num_threads(threads)
+  multiply(product, x, layer->count, use);
+  return 0;
+}
+extern "C" int64_t panel_size() { return kPanel; }

@@ -1,4 +1,6 @@
-"""One token at a time on a CPU, by C++: `one_token.cpp`."""
+"""One token of each text at a time on a CPU, by C++: `one_token.cpp`."""
+
+# B texts, V vocabulary
 
 import ctypes
 from typing import Any
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..model.positions_scratch_gpt import raise_past_limit
+from .packing import panels_of
 from .private_ops import is_watched
 from .products import INTEGER, POINTER, TYPES, Product, address_of, call, product_of, structure
 from .rough_head import Rough, rough_of
@@ -33,6 +36,11 @@ def can_compute(model: Any) -> bool:
     )
 
 
+def can_compute_many(model: Any) -> bool:
+    """Whether it does so for several texts, if it does for one: it needs all weights in panels."""
+    return all(panels_of(part) for part in model.modules() if isinstance(part, nn.Linear))
+
+
 # The structures of the C++, in its order.
 _Norm = structure("Norm", weight=POINTER, bias=POINTER, eps=ctypes.c_float)
 _Block = structure(
@@ -53,6 +61,8 @@ _Model = structure(
     head=Product,
     rough_head=Rough,
     **dict.fromkeys(("heads", "room", "inner_size", "way", "type"), INTEGER),
+    texts=POINTER,
+    count=INTEGER,
 )
 
 
@@ -61,47 +71,63 @@ def _norm(norm: Any, held: list[Any]) -> Any:
 
 
 class OneToken:
-    """Reads the tokens of one text, after its prompt, one at a time.
+    """Reads the tokens of texts, after their prompts, one of each at a time.
 
     Args:
-        model: one that `can_compute` is true of, and that nothing changes meanwhile.
+        model: one that `can_compute` is true of, `can_compute_many` too if there are several texts,
+            and that nothing changes meanwhile.
         prompt: keys and values of the tokens before.
         way: one of `WAYS` to read matrices in; see `fastest_way`.
+        first: (B,), where each text begins, if padding goes before some.
     """
 
-    def __init__(self, model: Any, prompt: DynamicCache, way: int = 0) -> None:
+    def __init__(
+        self, model: Any, prompt: DynamicCache, way: int = 0, first: torch.Tensor | None = None
+    ) -> None:
         self._model, self._length, config = model, prompt.get_seq_length(), model.config
-        room = (config.num_attention_heads, config.max_position_embeddings, config.head_dim)
-        rough = rough_of(model.lm_head)
+        batch = len(prompt.layers[0].keys)
+        first = torch.zeros(batch, dtype=torch.long, device="cpu") if first is None else first
+        self._texts = torch.stack([torch.arange(batch, device="cpu"), first], dim=1)
+        self._batch, many = batch, batch > 1
+        # For all positions; pages that no token reaches take no memory.
+        columns = config.max_position_embeddings + int(first.max())
+        room = (batch, config.num_attention_heads, columns, config.head_dim)
+        rough = None if many else rough_of(model.lm_head)
         self._held: list[Any] = [rough]  # what the structures point to
         blocks = []
         for block, layer in zip(model.model.layers, prompt.layers, strict=True):
-            # For all positions; pages that no token reaches take no memory.
             caches = [torch.empty(room, dtype=model.dtype, device="cpu") for _ in range(2)]
             for own, read in zip(caches, (layer.keys, layer.values), strict=True):
-                own[:, : self._length] = read[0]
+                own[:, :, : self._length] = read
             self._held += caches
             blocks.append(self._block(block, *caches))
         self._structure = _Model(
             blocks=(_Block * len(blocks))(*blocks),
             layers=len(blocks),
             norm=_norm(model.model.norm, self._held),
-            head=product_of(model.lm_head, self._held),
+            head=self._product(model.lm_head),
             rough_head=Rough() if rough is None else rough.as_structure(),
             heads=config.num_attention_heads,
-            room=config.max_position_embeddings,
+            room=columns,
             inner_size=config.intermediate_size,
             way=way,
             type=TYPES[model.dtype],
         )
         self._most = self._structure.rough_head.most  # 0 if the rough head is of no use
 
+    def keep(self, is_going: torch.Tensor) -> None:
+        """Read no more of the texts that are not `is_going` (B,)."""
+        self._texts = self._texts[is_going[self._texts[:, 0]]]
+
     def logits_after(self, token: torch.Tensor) -> torch.Tensor:
-        """Read `token` (1, 1); return the scores of the next one, (1, 1, V), in float32."""
+        """Read `token` (B, 1); return the scores of the next one, (B, 1, V), in float32.
+
+        Those of texts that are not kept are 0.
+        """
         return self._read(token, 0)[1]
 
     def best_after(self, token: torch.Tensor) -> torch.Tensor:
-        """Read `token` (1, 1); return the one that scores highest after it, (1, 1)."""
+        """Read `token` (B, 1); return the one that scores highest after it, (B, 1)."""
         word, scores = self._read(token, self._most)
         if word >= 0:
             return torch.tensor([[word]], device="cpu")
@@ -109,27 +135,40 @@ class OneToken:
         return scores[:, -1].argmax(-1, keepdim=True)
 
     def _read(self, token: torch.Tensor, most: int) -> tuple[int, torch.Tensor]:
-        """The best word, or -1 and all scores (1, 1, V); `most` is that of `Rough`."""
-        config, model = self._model.config, self._model.model
-        if self._length >= config.max_position_embeddings:
-            raise_past_limit(self._length + 1, config.max_position_embeddings)
-        position = torch.tensor([[self._length]], device="cpu")
-        embedded = (model.embed_tokens(token) + model.embed_positions(position)).float()
-        scores = torch.empty(1, 1, self._structure.head.rows, dtype=torch.float32, device="cpu")
-        self._structure.rough_head.most = most
-        word = call("step", self._structure, self._length, embedded, scores)
+        """The best word, or -1 and all scores (B, 1, V); `most` is that of `Rough`."""
+        limit, model = self._model.config.max_position_embeddings, self._model.model
+        index, first = self._texts.unbind(1)
+        positions = self._length - first
+        if positions.max() >= limit:
+            raise_past_limit(positions.max() + 1, limit)
+        embedded = model.embed_tokens(token[index, 0]) + model.embed_positions(positions)
+        make = torch.empty if len(index) == self._batch else torch.zeros
+        shape = (self._batch, 1, self._structure.head.rows)
+        scores = make(shape, dtype=torch.float32, device="cpu")
+        texts, self._structure.rough_head.most = self._texts.contiguous(), most
+        self._structure.texts, self._structure.count = texts.data_ptr(), len(texts)
+        word = call("step", self._structure, self._length, embedded.float(), scores)
         self._length += 1
         return word, scores
+
+    def _product(self, linear: Any) -> Any:
+        """The structure of `linear`, with its panels if there are several texts."""
+        product = product_of(linear, self._held)
+        if self._batch > 1:
+            packed: Any = panels_of(linear)
+            self._held.append(packed)
+            product.panels = packed.panels.data_ptr()
+        return product
 
     def _block(self, block: Any, keys: torch.Tensor, values: torch.Tensor) -> Any:
         attention, mlp, held = block.self_attn, block.mlp, self._held
         projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
         return _Block(
             _norm(block.input_layernorm, held),
-            *(product_of(projection, held) for projection in projections),
+            *(self._product(projection) for projection in projections),
             _norm(block.post_attention_layernorm, held),
-            product_of(mlp.up_proj, held),
-            product_of(mlp.down_proj, held),
+            self._product(mlp.up_proj),
+            self._product(mlp.down_proj),
             keys.data_ptr(),
             values.data_ptr(),
             attention.scaling,

@@ -1,75 +1,22 @@
 """Parts of a model that only generates, on a CPU: weights are packed or in eight bits.
 
-oneDNN multiplies a weight in an order of its own 1.05 to 1.6 times as fast as one that lies as
-torch keeps it, and computes GELU on the way: 12.1 ms for both where torch takes 15.6.
+A weight in an order of its own is multiplied faster than one that lies as torch keeps it, and GELU
+is computed on the way.
 """
 
 # C length of an input vector, D of an output vector
 
-import weakref
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .half import IS_X86, is_ordinary, is_slow, multiply, product
-from .private_ops import has_onednn, is_watched, onednn_linear, pack, version_of
+from .half import is_ordinary, is_slow, multiply, product
+from .packing import Panels, packed_for, panels_of, prefers_onednn
+from .private_ops import is_watched
 
-_SAMPLED = 64  # numbers of a weight that are compared
 _PIECE = 2**22  # numbers that are turned back from int8 at a time
-
-
-class MadeOf:
-    """What `of` has made of a weight, and can tell whether that is still the same.
-
-    A change of a few numbers by way of `weight.data` may go unseen. In a copy or a pickle of a
-    model it is made anew.
-    """
-
-    of: Any  # the weight's, or None if there can be none
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weakref.ref(weight)
-        self._state, self._sample = _state(weight), _sample(weight).clone()
-
-    def is_of(self, weight: torch.Tensor | None) -> bool:
-        """Whether it was made of `weight`, which has not changed."""
-        return (
-            weight is not None
-            and self._weight() is weight
-            and self._state == _state(weight)
-            and torch.equal(self._sample, _sample(weight))
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        weight = self._weight()
-        return (type(None), ()) if weight is None else (self.of, (weight,))
-
-
-def _state(weight: torch.Tensor) -> tuple[object, ...]:
-    return version_of(weight), weight.data_ptr(), weight.dtype, weight.shape
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """A few numbers that lie far apart: they tell what `_state` misses, as a merged adapter."""
-    count = min(_SAMPLED, *weight.shape)
-    rows, columns = (size // max(1, count) for size in weight.shape)
-    step = rows * weight.stride(0) + columns * weight.stride(1)
-    return weight.detach().as_strided((count,), (step,))
-
-
-class Packed(MadeOf):
-    """A weight (D, C) in oneDNN's order, if oneDNN is there and multiplies its type."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__(weight)
-        self.weight = pack(weight.detach())
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Any:
-        is_half = weight.dtype == torch.bfloat16 and IS_X86 and not is_slow(torch.bfloat16)
-        return cls(weight) if has_onednn() and (weight.dtype == torch.float32 or is_half) else None
 
 
 class PackedLinear(nn.Linear):
@@ -79,12 +26,12 @@ class PackedLinear(nn.Linear):
 
     def prepare(self) -> None:
         """Pack the weight."""
-        self.packed = Packed.of(self.weight)
+        self.packed = packed_for(self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
         if self.is_packed_for(input):
-            return onednn_linear(input, self.packed.weight, self.bias)
+            return self.packed.multiply(input, self.bias)
         if is_slow(input.dtype) and self._only_multiplies(input):
             return product(input, self.weight, self.bias)
         return super().forward(input)
@@ -102,14 +49,14 @@ class PackedLinear(nn.Linear):
 
 
 class PackedFeedForward(nn.Module):
-    """Lets oneDNN compute GELU while it writes the first layer's product."""
+    """Computes GELU while the first layer's product is written."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C)."""
         up, form = self.up_proj, fused_gelu(self.activation)
         can_fuse = form is not None and isinstance(up, PackedLinear) and not is_watched(up)
         if can_fuse and up.is_packed_for(hidden_states):
-            inner = onednn_linear(hidden_states, up.packed.weight, up.bias, gelu=form)
+            inner = up.packed.multiply(hidden_states, up.bias, gelu=form)
         else:
             inner = self.activation(up(hidden_states))
         return self.dropout(self.down_proj(inner))
@@ -131,6 +78,7 @@ class Int8Linear(nn.Linear):
     """
 
     weight_scale: torch.Tensor
+    packed: Any
 
     def prepare(self) -> None:
         """Quantize the weight; there is no way back."""
@@ -141,13 +89,18 @@ class Int8Linear(nn.Linear):
         self.weight = nn.Parameter(quantized, requires_grad=False)  # not in place: it may be tied
         # Not a buffer: `model.half()` would leave it too few digits.
         self.weight_scale = scale
+        is_left = wide == torch.float64 or prefers_onednn(weight.dtype)
+        self.packed = None if is_left else Panels.of(self.weight)
         self.register_state_dict_pre_hook(_refuse)
         self.register_load_state_dict_pre_hook(_refuse)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map `input` (..., C) to (..., D), by a piece of the weight at a time."""
+        """Map `input` (..., C) to (..., D); without panels, by a piece of the weight at a time."""
         if self.weight.dtype != torch.int8:  # tied anew to the embedding
             return super().forward(input)
+        panels = None if torch.is_grad_enabled() else panels_of(self)
+        if panels is not None and is_ordinary(input, self.weight):
+            return panels.multiply(input, self.bias, scale=self.weight_scale)
         # Without its scale a product may be too large for float16.
         is_wide = input.dtype == torch.float16 or is_slow(input.dtype)
         x = input.float() if is_wide else input

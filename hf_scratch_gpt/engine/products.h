@@ -19,8 +19,9 @@ using BFloat16 = uint16_t;  // the upper half of a float's bits
 enum Type : int64_t { kFloat32, kBFloat16, kInt8 };
 
 // y = W x + bias. The weight is (rows, columns); an int8 one is multiplied by each row's scale.
+// `panels` is the weight packed for many vectors, see panels.h; or null.
 struct Product {
-  const void* weight;
+  const void *weight, *panels;
   const float *scale, *bias;
   int64_t rows, columns;
   Type type;
@@ -147,17 +148,17 @@ void times(int64_t way, const Input<W>& x, const Product& product, int64_t row, 
   }
 }
 
-// This thread's rows, from the first up to the second.
-inline std::pair<int64_t, int64_t> share_of(const Product& product) {
+// This thread's share of so many, from the first up to the second.
+inline std::pair<int64_t, int64_t> share_of(int64_t count) {
   const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  return {product.rows * thread / threads, product.rows * (thread + 1) / threads};
+  return {count * thread / threads, count * (thread + 1) / threads};
 }
 
 // Hand some rows of W x + bias to `use`, those of this thread, which waits for no other. If it
 // reads from several places at once, these are as far apart as its share allows.
 template <typename W, typename Use>
 void multiply(const Product& product, const Input<W>& x, int64_t way, Use use) {
-  const auto [start, end] = share_of(product);
+  const auto [start, end] = share_of(product.rows);
   const int64_t places = way % 2 ? kPlaces : 1, distance = (end - start) / places;
   const auto use_with_bias = [&](int64_t row, float y) {
     use(row, product.bias ? y + product.bias[row] : y);

@@ -1,4 +1,4 @@
-"""The C++'s products of a matrix and one vector, and the fastest of its ways to read a matrix."""
+"""The C++'s products of a matrix and vectors, and the fastest of its ways to read it for one."""
 
 import ctypes
 import time
@@ -26,25 +26,30 @@ def structure(name: str, **fields: Any) -> Any:
 
 Product = structure(
     "Product",
-    **dict.fromkeys(("weight", "scale", "bias"), POINTER),
+    **dict.fromkeys(("weight", "panels", "scale", "bias"), POINTER),
     **dict.fromkeys(("rows", "columns", "type"), INTEGER),
 )
 
 
 def product_of(linear: Any, held: list[Any]) -> Any:
-    """The structure of `linear`; what it points to is put into `held`."""
+    """The structure of `linear`, without panels; what it points to is put into `held`."""
     weight = linear.weight.detach().contiguous()
     held.append(weight)
     is_int8 = weight.dtype == torch.int8
     scale = address_of(linear.weight_scale, held) if is_int8 else None
     bias = None if linear.bias is None else address_of(linear.bias, held)
-    return Product(weight.data_ptr(), scale, bias, *weight.shape, TYPES[weight.dtype])
+    return Product(weight.data_ptr(), None, scale, bias, *weight.shape, TYPES[weight.dtype])
 
 
 def address_of(numbers: torch.Tensor, held: list[Any]) -> int:
     """Address of `numbers` in float32, which are put into `held`."""
     held.append(numbers.detach().float().contiguous())
     return held[-1].data_ptr()
+
+
+def panel_size() -> int:
+    """Rows of a panel; see `panels.h`."""
+    return int(compiled().panel_size())
 
 
 def multiply_seconds(linear: nn.Linear, way: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .packed import MadeOf
+from .packing import MadeOf
 from .products import INTEGER, POINTER, TYPES, Product, structure
 
 _PIECE = 2**17  # numbers that are rounded at a time, which a cache holds
@@ -48,7 +48,7 @@ class RoughHead(MadeOf):
     def as_structure(self) -> Any:
         """For the C++; it points into this object."""
         rows, columns = self.weight.shape
-        addresses = self.weight.data_ptr(), self.scale.data_ptr(), None
+        addresses = self.weight.data_ptr(), None, self.scale.data_ptr(), None
         product = Product(*addresses, rows, columns, TYPES[torch.int8])
         errors, lengths = self.errors.data_ptr(), self.lengths.data_ptr()
         return Rough(product, errors, lengths, int(rows * _MOST))

@@ -49,7 +49,7 @@ def test_the_same_ids(models, way, steps):
     before, after = (write(model, ids, **WAYS[way]) for model in models)
     assert after.tolist() == before.tolist()
     assert after.shape[1] > ids.shape[1]
-    by_steps = ("greedy", "sampling", "repetition penalty")
+    by_steps = ("greedy", "sampling", "repetition penalty", "two of each")
     assert len(steps) == (11 if way in by_steps else 0)
 
 
@@ -98,16 +98,27 @@ def test_a_cache_that_is_given_is_filled(models):
         torch.testing.assert_close(after.keys, before.keys, atol=1e-5, rtol=1e-5)
 
 
-def test_several_texts_with_padding(models):
-    ids = random_ids(3, 8)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    for rows in (3, 1):  # one padded text goes the plain way too
-        before, after = (
-            write(model, ids[:rows], do_sample=False, attention_mask=mask[:rows])
-            for model in models
-        )
-        assert after.tolist() == before.tolist()
+@pytest.mark.parametrize(
+    "way", ["greedy", "sampling", "repetition penalty", "two of each", "beams"]
+)
+def test_texts_of_different_lengths_that_end_early(models, way, steps):
+    """Texts that have ended are padded; those that go on are as if nothing had ended."""
+    ids = random_ids(9, 8)
+    mask = (torch.arange(8) >= torch.tensor([[3, 0, 0, 7, 1, 2, 0, 5, 0]]).T).long()
+    arguments = WAYS[way] | dict(attention_mask=mask, pad_token_id=96)
+    end = write(models[0], ids, **arguments)[4, 11].item()
+    before, after = (write(model, ids, eos_token_id=end, **arguments) for model in models)
+    assert after.tolist() == before.tolist()
+    assert (after == end).any()
+    assert len(steps) == (0 if way == "beams" else after.shape[1] - 9)
+
+
+def test_padding_on_the_right_is_left_to_the_model(models, steps, logged_warnings):
+    ids, mask = random_ids(3, 8), torch.ones(3, 8, dtype=torch.long)
+    mask[0, -2:] = 0
+    before, after = (write(model, ids, do_sample=False, attention_mask=mask) for model in models)
+    assert after.tolist() == before.tolist()
+    assert not steps
 
 
 def test_to_the_last_position_and_not_past_it(models, logged_warnings):
@@ -118,6 +129,11 @@ def test_to_the_last_position_and_not_past_it(models, logged_warnings):
     for model in models:
         with pytest.raises(ValueError, match=f"{limit + 1} tokens exceed the model's {limit}"):
             write(model, ids, count=6, do_sample=False)
+        mask = torch.tensor([[0, 0, 1], [0, 1, 1]]).repeat_interleave(limit // 3, 1)
+        longest = int(mask.sum(-1).max())
+        arguments = dict(do_sample=False, attention_mask=mask)
+        with pytest.raises(ValueError, match=f"{limit + 1} tokens exceed the model's {limit}"):
+            write(model, random_ids(*mask.shape), count=limit - longest + 2, **arguments)
 
 
 def test_end_of_text_and_streamer(models):
@@ -162,7 +178,7 @@ def test_padding_that_generate_finds_by_itself(models, steps):
     arguments = dict(max_new_tokens=4, do_sample=False, pad_token_id=96, eos_token_id=5)
     before, after = (model.generate(ids, **arguments) for model in models)
     assert after.tolist() == before.tolist()
-    assert not steps
+    assert len(steps) == 3
     before, after = (model.generate(max_new_tokens=4, do_sample=False) for model in models)
     assert after.tolist() == before.tolist()
 

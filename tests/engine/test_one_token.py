@@ -27,6 +27,17 @@ def logits_by_steps(model, ids, way=0, threads=1):
     return torch.cat([step.logits_after(token[None, None]) for token in ids[0, READ:]], dim=1)
 
 
+@torch.no_grad()
+def logits_of_many(model, ids, first, threads=1):
+    """The same of texts (B, T), of which those before `first` (B,) are padding."""
+    cache = DynamicCache(config=model.config)
+    mask = torch.arange(READ) >= first[:, None]
+    model(ids[:, :READ], attention_mask=mask.long(), cache=cache)
+    torch.set_num_threads(threads)
+    step = OneToken(model, cache, first=first)
+    return torch.cat([step.logits_after(column[:, None]) for column in ids[:, READ:].T], dim=1)
+
+
 def make(dtype=torch.float32, weights=None, **changes):
     model = random_model(ScratchGPTForCausalLM, **changes).eval().to(dtype)
     assert can_compute(optimize_for_generation(model, weights))
@@ -56,6 +67,48 @@ def test_logits(name):
     own = logits_by_steps(model, ids)
     assert own.dtype == torch.float32
     torch.testing.assert_close(own.double(), exact, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_logits_of_texts_of_different_lengths(name):
+    model, ids = make(**CONFIGS[name]), random_ids(13, 12)  # more than one tile's
+    first = torch.arange(13) % READ
+    own = logits_of_many(model, ids, first)
+    exact = copy.deepcopy(model).double()
+    for row, start in enumerate(first):
+        expected = exact(ids[row : row + 1, start:]).logits[0, READ - start :]
+        torch.testing.assert_close(own[row].double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@torch.no_grad()
+def test_a_text_is_the_same_among_others(weights, monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.engine.half._SLOW_DTYPES", frozenset([torch.bfloat16]))
+    dtype = torch.bfloat16 if weights == "bfloat16" else torch.float32
+    model, ids = make(dtype, "int8" if weights == "int8" else None), random_ids(8, 12)
+    first = torch.arange(8) % READ
+    own = logits_of_many(model, ids, first)
+    assert torch.equal(logits_of_many(model, ids, first, threads=3), own)
+    for rows in ([3, 1], [7, 6, 5, 4, 3, 2, 1]):
+        torch.testing.assert_close(logits_of_many(model, ids[rows], first[rows]), own[rows])
+    alone = torch.cat([logits_by_steps(model, ids[row : row + 1]) for row in (0, READ)])
+    tolerance = 1e-5 if weights == "float32" else 2e-2
+    torch.testing.assert_close(own[[0, READ]], alone, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_texts_that_are_not_kept_are_not_read():
+    model, ids = make(), random_ids(4, 8)
+    cache = DynamicCache(config=model.config)
+    model(ids, cache=cache)
+    step = OneToken(model, cache)
+    expected = model(torch.cat([ids, ids[:, :2]], dim=1)).logits[:, -2:]
+    torch.testing.assert_close(step.logits_after(ids[:, :1]), expected[:, :1])
+    step.keep(torch.tensor([False, True, False, True]))
+    scores = step.logits_after(ids[:, 1:2])
+    torch.testing.assert_close(scores[1::2], expected[1::2, 1:])
+    assert not scores[::2].any()
 
 
 @pytest.mark.parametrize("form", ["gelu", "gelu_new"])

@@ -23,7 +23,7 @@ def exchange(module, faster):
 
 
 def layer(dtype=torch.float32, bias=True, faster=PackedLinear):
-    return exchange(torch.nn.Linear(48, 80, bias=bias).to(dtype), faster)
+    return exchange(torch.nn.Linear(48, 83, bias=bias).to(dtype), faster)
 
 
 def in_float64(linear, x):
@@ -32,7 +32,7 @@ def in_float64(linear, x):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(48,), (1, 1, 48), (3, 5, 48), (0, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(48,), (1, 1, 48), (3, 5, 48), (0, 48), (205, 48)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_product(dtype, shape, bias):
@@ -62,7 +62,7 @@ def test_what_is_left_to_torch():
     assert linear.is_packed_for(x)
     with FlopCounterMode(display=False) as counter:
         linear(x)
-    assert counter.get_total_flops() == 2 * 4 * 48 * 80
+    assert counter.get_total_flops() == 2 * 4 * 48 * 83
     exported = torch.export.export(linear, (x,))
     assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x), expected)
@@ -71,8 +71,8 @@ def test_what_is_left_to_torch():
         assert linear(x).dtype == torch.bfloat16
     with torch.enable_grad():
         linear(x).sum().backward()
-    torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(80, 48))
-    linear.bias.data = torch.randn(80, 3)[:, 1]
+    torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(83, 48))
+    linear.bias.data = torch.randn(83, 3)[:, 1]
     torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=1e-5, rtol=1e-5)
 
 

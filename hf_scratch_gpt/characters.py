@@ -1,7 +1,9 @@
-"""A tokenizer in which each character has an id."""
+"""A tokenizer in which each character has an id, and texts with characters that have none."""
+
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def character_tokenizer(ids: dict[str, int], **special: str) -> PreTrainedTokenizerFast:
@@ -19,3 +21,24 @@ def character_tokenizer(ids: dict[str, int], **special: str) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
     )
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, texts: str | list[str], **options: Any
+) -> BatchEncoding:
+    """What `tokenizer` makes of a text or of several, of any length.
+
+    Raises:
+        ValueError: a text has a character that the vocabulary lacks.
+    """
+    try:
+        return tokenizer(texts, verbose=False, **options)
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library raises no other class
+            raise
+        lacking = sorted(set("".join(texts)) - tokenizer.get_vocab().keys())
+        shown = ", ".join(map(repr, lacking[:5])) + (" and others" if len(lacking) > 5 else "")
+        raise ValueError(
+            f"the tokenizer cannot encode the text ({error}): no token is {shown}; leave out such "
+            "characters, or train a model on texts that have them"
+        ) from None

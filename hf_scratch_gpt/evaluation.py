@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .characters import encoded
+
 # The longest window that is taken unasked; models with 128k positions need more memory than most
 # machines have.
 LONGEST_WINDOW = 4096
@@ -163,8 +165,7 @@ class _Reader:
 
     def _encode(self, text: str, begins: bool) -> torch.Tensor:
         """The ids of a part of a text, with what the tokenizer puts before the first one."""
-        # `verbose` would warn of texts that are longer than the window.
-        ids = self._tokenizer(text, add_special_tokens=begins, verbose=False)["input_ids"]
+        ids = encoded(self._tokenizer, text, add_special_tokens=begins)["input_ids"]
         self.bytes += len(text.encode())
         self.tokens += len(ids)
         return torch.tensor(ids, dtype=torch.long)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .characters import encoded
 from .files import new_file
 
 # Longer texts make pages of tens of megabytes, with squares too small to see.
@@ -49,7 +50,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Expected:
-    """A token that may come next, and its probability."""
+    """A `token` that may come next, its `id` and its `probability`."""
 
     token: str
     id: int
@@ -96,11 +97,16 @@ def inspect(
     """
     if likeliest < 1:
         raise ValueError(f"likeliest={likeliest} is below 1; ask for at least one token")
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]  # (1, T)
+    ids = encoded(tokenizer, text, return_tensors="pt")["input_ids"]  # (1, T)
     if not ids.numel():
         raise ValueError(
             f"the tokenizer makes 0 tokens of {text[:40]!r}; give at least one character, "
             "or a model that is saved with its vocabulary"
+        )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] > limit:
+        raise ValueError(
+            f"the text has {ids.shape[1]} tokens, the model {limit} positions; give a shorter one"
         )
     model.eval()
     with _written_out_attention(model), _recorded_shapes(model) as shapes:
@@ -123,7 +129,7 @@ def inspect(
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, id_: int) -> str:
-    """The text of a token, or the vocabulary's own name for a part of a character."""
+    """The text of the token `id_` by `tokenizer`, or its own name for a part of a character."""
     text = tokenizer.decode([id_])
     return str(tokenizer.convert_ids_to_tokens(id_)) if not text or "\ufffd" in text else text
 
@@ -215,7 +221,7 @@ def _folded(parts: list[list[Block]]) -> Iterator[Block]:
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
-    """Write an HTML page that needs nothing else, all at once.
+    """Write `inspection` to `path` as an HTML page that needs nothing else, all at once.
 
     It shows the tokens, the attention of each head as a heat map, what the model expects after each
     token, and the shapes.

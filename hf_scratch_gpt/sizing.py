@@ -8,11 +8,31 @@ as two. Memory is that of the tensors that are alive at the same time.
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from .model.configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
-from .model.modeling_scratch_gpt import LOSS_PIECE
+from .model.presets_scratch_gpt import GELU_FORMS, check_sizes, find_preset
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from .model.configuration_scratch_gpt import ScratchGPTConfig
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+def preset_sizes(name: str, **overrides: Any) -> Any:
+    """What the functions of this file read of the published size called `name`, at once.
+
+    Args:
+        overrides: fields that differ from it.
+
+    Raises:
+        ValueError: no preset has that name, or the sizes do not fit.
+    """
+    switches = dict(model_type="scratch_gpt", fused_kernels=True, chunked_loss=False)
+    fields = {**find_preset(name), **switches, **overrides}
+    fields.setdefault("intermediate_size", 4 * fields["hidden_size"])
+    check_sizes(fields)
+    return SimpleNamespace(**fields)
 
 
 @dataclass(frozen=True)
@@ -69,11 +89,14 @@ class TrainingMemory:
     peak: int
 
 
-def count_parameters(config: ScratchGPTConfig) -> ParameterCounts:
+def count_parameters(config: "ScratchGPTConfig") -> ParameterCounts:
     """Count the parameters of a `ScratchGPTForCausalLM` of this configuration.
 
     The shapes are those of Radford et al. 2019, section 2.3, on Vaswani et al. 2017, sections 3.2
     and 3.3: a projection from A to B has A * B weights and B biases; the head has no bias.
+
+    Raises:
+        ValueError: the configuration is of another model, as for all functions here.
     """
     hidden, inner = config.hidden_size, _inner(config)
     token_embedding = config.vocab_size * hidden
@@ -95,15 +118,16 @@ def storage_bytes(parameters: int, dtype: str = "float32") -> int:
     return parameters * BYTES[dtype]
 
 
-def kv_cache_bytes(config: ScratchGPTConfig, tokens: int = 1, dtype: str = "float32") -> int:
-    """Bytes of the keys and values that generation keeps for `tokens` tokens of one text.
+def kv_cache_bytes(config: "ScratchGPTConfig", tokens: int = 1, dtype: str = "float32") -> int:
+    """Bytes of the keys and values in `dtype` that generation keeps for `tokens` of one text.
 
     Each block keeps a key and a value of C numbers a token (Shazeer 2019, section 2.4).
     """
-    return storage_bytes(2 * config.num_hidden_layers * config.hidden_size * tokens, dtype)
+    numbers = 2 * _ours(config).num_hidden_layers * config.hidden_size * tokens
+    return storage_bytes(numbers, dtype)
 
 
-def forward_flops_per_token(config: ScratchGPTConfig, length: int | None = None) -> int:
+def forward_flops_per_token(config: "ScratchGPTConfig", length: int | None = None) -> int:
     """FLOPs of the matrix products for one token of a text of `length` tokens, on average.
 
     A weight takes 2 FLOPs a token, the embeddings none (Kaplan et al. 2020, section 2.1 and table
@@ -122,7 +146,7 @@ def forward_flops_per_token(config: ScratchGPTConfig, length: int | None = None)
     return 2 * (config.num_hidden_layers * block + config.vocab_size * hidden)
 
 
-def training_flops_per_token(config: ScratchGPTConfig, length: int | None = None) -> int:
+def training_flops_per_token(config: "ScratchGPTConfig", length: int | None = None) -> int:
     """FLOPs of the matrix products, forward and backward, for one token on average.
 
     Three times the forward pass: each product X W has a gradient with respect to X and one with
@@ -135,7 +159,7 @@ def training_flops_per_token(config: ScratchGPTConfig, length: int | None = None
     return 3 * forward_flops_per_token(config, length)
 
 
-def rule_of_thumb_flops_per_token(config: ScratchGPTConfig) -> int:
+def rule_of_thumb_flops_per_token(config: "ScratchGPTConfig") -> int:
     """FLOPs of training for one token by the rule of thumb of published figures: 6 N.
 
     N is all parameters, as in Brown et al. 2020, appendix D; attention's scores do not count.
@@ -144,7 +168,7 @@ def rule_of_thumb_flops_per_token(config: ScratchGPTConfig) -> int:
 
 
 def training_seconds(flops_per_token: float, tokens: float, flops_per_second: float) -> float:
-    """Seconds to train on `tokens` tokens by a device that sustains `flops_per_second`.
+    """Seconds to train on `tokens` at `flops_per_token`, by a device of `flops_per_second`.
 
     GPT-3's 3.14e23 FLOPs (Brown et al. 2020, table D.1) at 28e12 FLOP/s take 355 years.
 
@@ -158,7 +182,7 @@ def training_seconds(flops_per_token: float, tokens: float, flops_per_second: fl
 
 
 def humanize_seconds(seconds: float) -> str:
-    """A duration in the largest unit that it reaches, "355.4 years"; a year has 365.25 days."""
+    """`seconds` in the largest unit that they reach, "355.4 years"; a year has 365.25 days."""
     units = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60}
     for unit, size in units.items():
         if seconds >= size:
@@ -167,7 +191,7 @@ def humanize_seconds(seconds: float) -> str:
 
 
 def training_memory(
-    config: ScratchGPTConfig,
+    config: "ScratchGPTConfig",
     batch_size: int = 1,
     length: int | None = None,
     attention: str = "sdpa",
@@ -210,7 +234,7 @@ def training_memory(
 
 
 def _fullest_moment(
-    config: ScratchGPTConfig, sizes: dict[str, int], kept: int, checkpointing: bool
+    config: "ScratchGPTConfig", sizes: dict[str, int], kept: int, checkpointing: bool
 ) -> int:
     """The most numbers alive at one time, apart from the weights and AdamW's moments.
 
@@ -237,7 +261,7 @@ def _fullest_moment(
 
 
 def _tensors_of_a_step(
-    config: ScratchGPTConfig, batch_size: int, length: int, attention: str
+    config: "ScratchGPTConfig", batch_size: int, length: int, attention: str
 ) -> dict[str, int]:
     """How many numbers each part keeps for the backward pass, or makes in it."""
     tokens = batch_size * length
@@ -254,6 +278,8 @@ def _tensors_of_a_step(
     # pass; in pieces: the gradient of the head twice, that of its inputs, and a piece of both.
     loss, logits_gradient = 3 * logits, logits
     if config.chunked_loss:
+        from .model.modeling_scratch_gpt import LOSS_PIECE
+
         piece = min(tokens, LOSS_PIECE) * (config.vocab_size + config.hidden_size)
         loss = 2 * config.vocab_size * config.hidden_size + hidden + piece
         logits_gradient = 0
@@ -275,12 +301,22 @@ def _tensors_of_a_step(
     }
 
 
-def _inner(config: ScratchGPTConfig) -> int:
-    assert config.intermediate_size is not None, "the configuration derives it"
-    return config.intermediate_size
+def _ours(config: "ScratchGPTConfig") -> "ScratchGPTConfig":
+    if config.model_type != "scratch_gpt":
+        raise ValueError(
+            f"{type(config).__name__} is not a ScratchGPTConfig, whose shapes are known here; make "
+            "the model on the device meta and add up its parameters"
+        )
+    return config
 
 
-def _checked_length(config: ScratchGPTConfig, length: int | None) -> int:
+def _inner(config: "ScratchGPTConfig") -> int:
+    inner = _ours(config).intermediate_size
+    assert inner is not None, "the configuration derives it"
+    return inner
+
+
+def _checked_length(config: "ScratchGPTConfig", length: int | None) -> int:
     limit = config.max_position_embeddings
     if length is not None and not 1 <= length <= limit:
         raise ValueError(

@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .characters import encoded
+
 
 @dataclass(frozen=True)
 class Written:
@@ -69,13 +71,13 @@ def write(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The ids of `prompt`, at least one; a ValueError if there are none."""
+    """The ids of `prompt` by `tokenizer`, at least one; a ValueError if there are none."""
     if not tokenizer.vocab_size:  # without tokens that were added, such as the end of text
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no vocabulary; give one with "
             "tokenizer.json, or vocab.json and merges.txt"
         )
-    ids: list[int] = tokenizer(prompt, verbose=False).input_ids
+    ids: list[int] = encoded(tokenizer, prompt).input_ids
     if not ids:
         raise ValueError(
             f"the prompt {prompt!r} has 0 tokens; give at least one character, or the "
@@ -96,6 +98,7 @@ def write_after(
     """Continue a text of tokens as `write` does.
 
     Args:
+        model, tokenizer, max_new_tokens, on_text, generation: as for `write`.
         ids: the tokens, at least one.
         with_logprobs: tell how probable each token was; the model reads each window once more.
     """

@@ -1,17 +1,23 @@
 """The notebooks run in a fresh kernel without a warning and show what is stored in them.
 
 After a change of a notebook, or of code that it shows, `python -m tests.test_notebooks` runs both
-and stores what they show. Look at them before the commit.
+(or those that are named, such as `tour`) and stores what they show. Look at them before the commit.
 """
 
+import inspect
 import os
 import re
+import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+
+import hf_scratch_gpt
+from hf_scratch_gpt.model import blocks_scratch_gpt as blocks
 
 DOCS = Path(__file__).parent.parent / "docs"
 NAMES = ("tour", "finetune")
@@ -85,7 +91,22 @@ def test_it_is_stored_whole_small_and_without_traces_of_a_machine(name):
         assert not re.search(r"/(home|root|tmp|Users)/|site-packages", "\n".join(shown(cell)))
 
 
+def test_code_that_the_tour_shows_is_that_of_the_package():
+    count = 0
+    for cell in code_cells(stored("tour")):
+        if name := re.fullmatch(r"source\(([\w.]+)\)", cell.source):
+            first, *rest = name[1].split(".")
+            thing = getattr(blocks if hasattr(blocks, first) else hf_scratch_gpt, first)
+            for attribute in rest:
+                thing = getattr(thing, attribute)
+            code = textwrap.dedent(inspect.getsource(thing))
+            told = "python -m tests.test_notebooks tour shows it anew"
+            assert cell.outputs[0].data["text/markdown"] == f"```python\n{code}\n```", told
+            count += 1
+    assert count > 5
+
+
 if __name__ == "__main__":
-    for notebook_name in NAMES:
+    for notebook_name in sys.argv[1:] or NAMES:
         text = nbformat.writes(executed(notebook_name), indent=1)
         (DOCS / f"{notebook_name}.ipynb").write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,7 @@
-"""README's commands and Python run as they stand there."""
+"""README's commands and Python run as they stand there, and print what it shows.
+
+The picture above them is compared by the test of the whole demo, in cli/test_cli.py.
+"""
 
 import os
 import re
@@ -6,11 +9,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from hf_scratch_gpt import ScratchGPTConfig
+from hf_scratch_gpt.cli import main
 from hf_scratch_gpt.sizing import count_parameters
 
 from .commands import convert
@@ -45,23 +50,68 @@ def test_python_blocks_run(openai_tiny, clone):
     assert names["weights"].shape == (2, 4, 10, 10)
 
 
-@pytest.mark.long
-def test_command_lines_run(clone):
-    *_, block = blocks("bash")
-    assert len(block.splitlines()) == 8
+def parts(block: str) -> list[tuple[str, list[str]]]:
+    """The commands of a block, each with the lines of its output that are shown below it."""
+    found: list[tuple[str, list[str]]] = []
     for line in block.splitlines():
-        command = shlex.split(line)
-        if command[0] == "hf-scratch-gpt":
-            command[:1] = ["python", "-m", "hf_scratch_gpt"]
-        elif command[0] == "torchrun":
-            command[:1] = ["python", "-m", "torch.distributed.run"]
-        command[0] = sys.executable
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=clone, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{line}: {done.stderr}"
-    assert (clone / "out/two/loss.png").exists()
+        if line.startswith("# "):
+            found[-1][1].append(line.removeprefix("# "))
+        else:
+            found.append((line, []))
+    return found
+
+
+def is_like(shown: str, printed: str) -> bool:
+    """Whether a word is the same; figures with a point depend on the processor and on README."""
+    if shown == printed:
+        return True
+    figures = [re.fullmatch(r"(\d+\.\d+(e-\d+)?),?", word) for word in (shown, printed)]
+    return all(figures) and float(figures[0][1]) == pytest.approx(float(figures[1][1]), rel=0.5)
+
+
+def assert_printed(shown: list[str], output: str) -> None:
+    """Each line that is shown is the beginning of one of `output`, in the same order."""
+    lines = iter(output.splitlines())
+    for line in shown:
+        words = line.split()
+        starts = (printed.split()[: len(words)] for printed in lines)
+        assert any(
+            len(start) == len(words) and all(map(is_like, words, start)) for start in starts
+        ), line
+
+
+@pytest.mark.long
+def test_commands_print_what_is_shown(clone, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    *_, block = blocks("bash")
+    *lines, last = parts(block)
+    assert len(lines) == 7
+    assert last[0].startswith("torchrun ")
+    for line, shown in lines:
+        name, *arguments = shlex.split(line)
+        assert name == "hf-scratch-gpt"
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        printed = capsys.readouterr()
+        assert not end.value.code, f"{line}: {printed.err}"
+        assert len(shown) == 1
+        assert_printed(shown, printed.out)
+
+
+@pytest.mark.release
+def test_two_processes_print_what_is_shown(clone, openai_tiny):
+    assert convert([str(openai_tiny), "out/tiny"]) == 0
+    line, shown = parts(blocks("bash")[-1])[-1]
+    _, *arguments = shlex.split(line)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_printed(shown, done.stdout)
 
 
 def test_the_first_command_is_the_demo():
@@ -83,5 +133,19 @@ def test_table_of_presets():
 
 
 def test_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    """Each begins with the repository's address, as package indexes show README too, if it has one.
+
+    Until pyproject.toml gives one, they are relative.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    address = project.get("urls", {}).get("Repository")
+    base = f"{address}/blob/main/" if address else ""
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) > 5
+    for link in links:
+        assert link.startswith(base)
+        assert (ROOT / link.removeprefix(base)).exists(), link
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
-from hf_scratch_gpt.model.configuration_scratch_gpt import PRESETS
+from hf_scratch_gpt.model.presets_scratch_gpt import PRESETS
 from hf_scratch_gpt.sizing import (
     count_parameters,
     forward_flops_per_token,

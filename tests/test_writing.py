@@ -14,6 +14,9 @@ from transformers import (
 )
 
 from hf_scratch_gpt import ScratchGPTForCausalLM
+from hf_scratch_gpt.characters import character_tokenizer
+from hf_scratch_gpt.evaluation import evaluate
+from hf_scratch_gpt.inspection import inspect
 from hf_scratch_gpt.model.vocabulary_scratch_gpt import BYTE_TO_UNICODE, token_bytes
 from hf_scratch_gpt.writing import write
 
@@ -117,6 +120,18 @@ def test_a_tokenizer_without_a_vocabulary_is_named(tmp_path):
         write(Parrot([]), tokenizer, "Hello")
     with pytest.raises(ValueError, match="'' has 0 tokens"):
         write(Parrot([]), metaspace(), "")
+
+
+def test_characters_that_a_vocabulary_lacks_are_named(model):
+    """Wherever a text is encoded: to write, to look inside, to measure, to train."""
+    tokenizer = character_tokenizer({"a": 0, "b": 1, "|": 2}, eos_token="|")
+    for call in (
+        lambda text: write(model, tokenizer, text),
+        lambda text: inspect(model, tokenizer, text),
+        lambda text: evaluate(model, tokenizer, [(text, True, 1)]),
+    ):
+        with pytest.raises(ValueError, match="no token is 'c', '語'; leave out such characters"):
+            call("a語cb")
 
 
 def test_characters_come_whole(tiny_tokenizer):

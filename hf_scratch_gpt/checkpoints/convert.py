@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
+from ..cards import WEBTEXT, name_of, write_card
 from ..files import new_folder
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .assemble import common_dtype, num_parameters, plan, plan_export
-from .digests import sha256
 from .hf_gpt2 import read_hf_gpt2
 from .hub import hub_id
 from .saved import read_saved, save_all_but_weights
@@ -50,7 +50,7 @@ def convert(
         ValueError: a tensor is missing, left over, misshapen or not finite.
         RuntimeError: the logits differ.
     """
-    planned = plan(source)
+    planned, checked = plan(source), None
     dtype, parameters = dtype or common_dtype(planned), num_parameters(planned)
     report = list(_read_and_dropped(source))
     with new_folder(out, overwrite) as complete:
@@ -62,9 +62,9 @@ def convert(
             shutil.copy(file, complete)
         write_weights(complete, planned, dtype, max_shard_size)
         if check:
-            report.append(f"checked  {verify(source, complete)}")
-        card = _model_card(complete, source, dtype, parameters)
-        (complete / "README.md").write_text(card, encoding="utf-8")
+            checked = verify(source, complete)
+            report.append(f"checked  {checked}")
+        _write_card(complete, source, dtype, checked)
     report.append(f"wrote    {parameters:,} parameters in {dtype} to {out}")
     return report
 
@@ -86,44 +86,42 @@ def _read_and_dropped(source: GPT2Source) -> Iterator[str]:
         yield "lacks    a vocabulary; --tokenizer saves one with the model"
 
 
-def _model_card(folder: Path, source: GPT2Source, dtype: torch.dtype, parameters: int) -> str:
-    """The text of README.md: origin, sizes, the files in `folder` and their SHA-256."""
-    files = sorted(filter(Path.is_file, folder.iterdir()))
-    rows = [f"| {path.name} | {path.stat().st_size:,} | `{sha256(path)}` |" for path in files]
-    config, newline = source.config, "\n"
-    return f"""\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, scratch_gpt]
----
-
-# GPT-2, {parameters:,} parameters
-
-Converted from `{name_of(source.path)}` ({source.origin}) with hf_scratch_gpt. Load it with \
-`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`.
-
-{config.num_hidden_layers} layers, {config.num_attention_heads} heads, width \
-{config.hidden_size}, {config.max_position_embeddings} positions, {config.vocab_size:,} tokens, \
-in {str(dtype).removeprefix("torch.")}.
-
-| File | Bytes | SHA-256 |
-| --- | ---: | --- |
-{newline.join(rows)}
-"""
-
-
-def name_of(source: str) -> str:
-    """The name to give to the file, folder or hub id `source` wherever the result goes."""
-    path = Path(source)
-    return path.resolve().name if path.exists() else hub_id(source)
+def _write_card(folder: Path, source: GPT2Source, dtype: torch.dtype, checked: str | None) -> None:
+    """Write the card of what `source` became, in `folder`; `checked` says how they differ."""
+    config, path = source.config, source.path
+    name = path if Path(path).exists() else hub_id(path)
+    sizes = (
+        f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, width "
+        f"{config.hidden_size}, {config.max_position_embeddings:,} positions, "
+        f"{config.vocab_size:,} tokens, in {str(dtype).removeprefix('torch.')}."
+    )
+    compared = "The logits were not compared with the source's."
+    if checked is not None:
+        compared = (
+            f"On random tokens, {checked} from the source's, computed by transformers' GPT-2."
+        )
+    write_card(
+        folder,
+        f"Converted from `{name_of(name)}` ({source.origin})",
+        {
+            "Data": WEBTEXT
+            if source.digests
+            else "Its source does not say what it was trained on.",
+            "Sizes": sizes,
+            "Evaluation": f"{compared} `hf-scratch-gpt eval FOLDER TEXT` measures perplexity.",
+        },
+        config,
+        source=name,
+        has_tokenizer=source.tokenizer is not None,
+    )
 
 
 def export(source: Path, out: Path, overwrite: bool = True) -> list[str]:
     """Write the model saved in the folder `source` to `out` in transformers' GPT-2 format.
 
     It loads with `GPT2LMHeadModel` and `AutoTokenizer`, without this package. `out`, as
-    `files.destination` returns it, appears when all is written and its logits are the source's.
+    `files.destination` returns it, appears when all is written and its logits are the source's;
+    `overwrite` lets it replace what is there by then.
 
     Returns:
         Lines that tell what was checked and written.

@@ -1,20 +1,14 @@
 """Compare files with the SHA-256 that somebody recorded for them."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..files import sha256
 from .pickles import is_archive
 
 _LARGEST = 1 << 20  # bytes of a list of digests
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of the file `path`, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unchecked_files(paths: list[Path], known: Mapping[str, str]) -> list[str]:

@@ -10,9 +10,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from ..model.configuration_scratch_gpt import PRESET_ALIASES
+from ..model.presets_scratch_gpt import PRESET_ALIASES
 
-_TEXTS = ["*.json", "*.txt", "*.tiktoken", "*.model"]
+# With the card, which states the licence.
+_TEXTS = ["*.json", "*.txt", "*.tiktoken", "*.model", "README.md"]
 
 
 # The SHA-256 of OpenAI's weights, the `model.safetensors` of these repositories.

@@ -11,7 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..model.configuration_scratch_gpt import PRESETS, ScratchGPTConfig
+from ..model.configuration_scratch_gpt import ScratchGPTConfig
+from ..model.presets_scratch_gpt import PRESETS
 from .hf_gpt2 import safetensors
 from .names import rules_of
 from .pickles import Pickle

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from ..model.configuration_scratch_gpt import GELU_FORMS, ScratchGPTConfig
+from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
+from ..model.presets_scratch_gpt import GELU_FORMS
 from .saved import read_saved
 from .sources import GPT2Source
 

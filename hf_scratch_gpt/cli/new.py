@@ -20,6 +20,6 @@ def new(
 
     folder = new_package(name, out, overwrite)
     typer.echo(
-        f"{folder}: the package {name}, with {class_name(name)}ForCausalLM; run pytest there, and "
-        f"change {name}/blocks_{name}.py"
+        f"{folder}: the package {name}, with {class_name(name)}ForCausalLM; there, try "
+        f"`pip install -e '.[test]' && pytest`, and change {name}/blocks_{name}.py"
     )

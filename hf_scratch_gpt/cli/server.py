@@ -29,7 +29,7 @@ _SHARED = (
 
 
 def build_app(
-    model: str, at_once: int = 1, *, fast: bool = False, weights: str | None = None
+    model: str, at_once: int = 1, *, fast: bool | None = False, weights: str | None = None
 ) -> FastAPI:
     """Load a model, and build the server of it.
 
@@ -65,7 +65,7 @@ def build_app(
 class _OneModel(ModelManager):
     """Loads the model that is served; the class is found without a name in `transformers`."""
 
-    def __init__(self, model: str, fast: bool, weights: str | None) -> None:
+    def __init__(self, model: str, fast: bool | None, weights: str | None) -> None:
         super().__init__()
         self.force_model = model  # requests for others are refused
         self.fast, self.weights = fast, weights

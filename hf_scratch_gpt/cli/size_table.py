@@ -3,17 +3,17 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import PretrainedConfig
 
 from .. import sizing
-from ..checkpoints.folders import check_texts, read_config
-from ..model.configuration_scratch_gpt import PRESET_ALIASES, PRESETS, ScratchGPTConfig
+from ..model.presets_scratch_gpt import PRESET_ALIASES, PRESETS
+
+if TYPE_CHECKING:
+    from ..model.configuration_scratch_gpt import ScratchGPTConfig
 
 Summary = dict[str, dict[str, float]]
 
@@ -58,7 +58,7 @@ _ROWS: dict[str, tuple[str, dict[str, int], dict[str, str]]] = {
 }
 
 
-def find_config(name: str, overrides: Mapping[str, Any] | None = None) -> ScratchGPTConfig:
+def find_config(name: str, overrides: Mapping[str, Any] | None = None) -> "ScratchGPTConfig":
     """The configuration of a preset, of a model's folder, or of a model on the Hub, "owner/name".
 
     Args:
@@ -72,15 +72,21 @@ def find_config(name: str, overrides: Mapping[str, Any] | None = None) -> Scratc
     folder = Path(name).expanduser()
     # A name without an owner is a preset mistyped, and is not looked for on the Hub.
     if name in PRESETS | PRESET_ALIASES or not name or not (folder.is_dir() or "/" in name):
-        return ScratchGPTConfig.from_preset(name, **(overrides or {}))
+        return sizing.preset_sizes(name, **(overrides or {}))
     config = _find_saved(name, folder)
     config.update(dict(overrides or {}))
     config.check()
     return config
 
 
-def _find_saved(name: str, folder: Path) -> ScratchGPTConfig:
+def _find_saved(name: str, folder: Path) -> "ScratchGPTConfig":
     """The configuration of the model in `folder`, or of the one that the Hub calls `name`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import PretrainedConfig
+
+    from ..checkpoints.folders import check_texts, read_config
+    from ..model.configuration_scratch_gpt import ScratchGPTConfig
+
     source = str(folder) if folder.is_dir() else name
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
@@ -108,7 +114,7 @@ def _find_saved(name: str, folder: Path) -> ScratchGPTConfig:
 
 
 def summarize(
-    config: ScratchGPTConfig,
+    config: "ScratchGPTConfig",
     batch_size: int = 1,
     length: int | None = None,
     tokens: float | None = None,

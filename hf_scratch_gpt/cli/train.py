@@ -65,7 +65,10 @@ def train(
         bool, typer.Option("--lora-merge", help="Add it to the weights at the end.")
     ] = False,
     validation: Annotated[str, typer.Option(help="Part to validate on, or other texts.")] = "0.05",
-    validation_tokens: Annotated[int, typer.Option(help="Tokens of that at most.")] = 1_000_000,
+    validation_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of that at most; a million, in a short training fewer."),
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
     sample_prompt: Annotated[str | None, typer.Option(help="Text to continue at times.")] = None,
     sample_steps: Annotated[float, typer.Option(help="How often; below 1, part of all.")] = 0.1,
@@ -206,5 +209,8 @@ def clear_cache(
 
     if folder is not None and not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give the one with the token ids, or none")
-    removed = corpus.clear_cache(folder)
-    typer.echo(f"removed {removed / 1e6:,.1f} MB from {folder or corpus.CACHE}")
+    place = folder or corpus.CACHE
+    removed = corpus.clear_cache(place)
+    typer.echo(
+        f"removed {removed / 1e6:,.1f} MB from {place}" if removed else f"{place} holds none"
+    )

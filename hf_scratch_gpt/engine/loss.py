@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .half import autocast_dtype, is_ordinary, multiplied_as, multiply
 
-_PIECE = 2**23  # logits that are in memory at a time
+_PIECE, _ROWS = 2**23, 256  # at most so many logits, and tokens, are in memory at a time
 
 
 class LossInPieces(nn.Module):
@@ -67,7 +67,10 @@ class _LossOfPieces(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:  # in half precision a sum of many pieces would lose digits
             grad_weight = torch.zeros_like(weight, dtype=wide)
-        total, size = torch.zeros((), dtype=wide, device="cpu"), max(1, _PIECE // len(weight))
+        total, size = (
+            torch.zeros((), dtype=wide, device="cpu"),
+            max(1, min(_ROWS, _PIECE // len(weight))),
+        )
         pieces = zip(hidden.split(size), labels.split(size), grad_hidden.split(size), strict=True)
         with torch.autocast("cpu", enabled=False):
             for rows, label, grad_rows in pieces:

@@ -1,6 +1,8 @@
 """Exchange parts of one model for faster ones, by one table, and put them back."""
 
 import copyreg
+import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from ..model import modeling_scratch_gpt
 from .compiling import compiled
 from .generation import FastGeneration, Optimized
 from .loss import LossInPieces
@@ -33,6 +36,7 @@ _TABLE: dict[str | type, tuple[type | None, type | None]] = {
     nn.Dropout: (None, None),
     nn.ModuleList: (None, None),
 }
+_MODEL = modeling_scratch_gpt.__package__
 _GENERATION, _TRAINING = range(2)
 # Formats of weights, and what torchao calls them.
 FORMATS = {"int8": "Int8", "int4": "Int4", "fp8": "Float8"}
@@ -161,8 +165,8 @@ def _check(model: Any) -> None:
         raise ValueError("the model is optimized already; call restore(model) or load it again")
     if not any(_is_ours(type(part)) for part in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} is not a model of hf_scratch_gpt; load its weights with "
-            "ScratchGPTForCausalLM.from_pretrained"
+            f"{type(model).__name__} is not a model of hf_scratch_gpt, or its code was changed; "
+            "the engine knows no other. ScratchGPTForCausalLM.from_pretrained loads a GPT-2"
         )
 
 
@@ -189,7 +193,23 @@ def _check_for_generation(model: Any, weights: str | None) -> None:
 def _row(kind: type) -> tuple[type | None, type | None] | None:
     """The row of the table for a class, or for what it was before an exchange."""
     kind = getattr(kind, "replaced_class", kind)
-    return _TABLE.get(kind) or _TABLE.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
+    file = kind.__module__.rpartition(".")[2]
+    row = _TABLE.get(f"{file}.{kind.__name__}")
+    return _TABLE.get(kind) or (row if row and _is_our_code(kind.__module__, file) else None)
+
+
+def _is_our_code(module: str, file: str) -> bool:
+    """Whether a module, such as a saved folder's own copy, has the code of the file of the model.
+
+    Somebody may have changed it there, and the engine would compute what it was before.
+    """
+    own = f"{_MODEL}.{file}"
+    if module == own:
+        return True
+    try:
+        return inspect.getsource(sys.modules[module]) == inspect.getsource(sys.modules[own])
+    except (KeyError, OSError):  # it came from no file
+        return False
 
 
 def _is_ours(kind: type) -> bool:

@@ -135,6 +135,7 @@ def masked_attention(
         scaling: what scores are multiplied by, one over the square root of D.
         dropout: probability of dropping a weight.
         is_causal: False lets every token see all S where there is no mask; None asks `module`.
+        kwargs: of other attention functions; not used.
 
     Returns:
         What each token has gathered, (B, T, H, D), and the weights, (B, H, T, S).
@@ -165,6 +166,10 @@ class MultiHeadAttention(nn.Module):
 
     The heads are those of Vaswani et al. 2017, section 3.2. Query, key and value are projected by
     three matrices, not by one fused, so that tensor parallelism can give each device whole heads.
+
+    Args:
+        config: sizes and switches.
+        layer_idx: which block it is in, from 0: its place in a cache.
     """
 
     is_causal = True
@@ -239,7 +244,8 @@ class TransformerBlock(GradientCheckpointingLayer):
     """Attention, then feed-forward, each on normalised input and added to what came in.
 
     The additions are the shortcut connections; normalising before a sub-layer rather than after it
-    is GPT-2's change to the original transformer (Radford et al. 2019, section 2.3).
+    is GPT-2's change to the original transformer (Radford et al. 2019, section 2.3). The arguments
+    are those of `MultiHeadAttention`: `config` and `layer_idx`.
     """
 
     def __init__(self, config: ScratchGPTConfig, layer_idx: int) -> None:
@@ -256,7 +262,7 @@ class TransformerBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """Map `hidden_states` (B, T, C) to (B, T, C); the rest goes to the attention."""
+        """Map `hidden_states` (B, T, C) to (B, T, C); attention takes the mask and `kwargs`."""
         shortcut = hidden_states
         gathered, _ = self.self_attn(  # by name, as PEFT's adaption prompt takes its arguments
             hidden_states=self.input_layernorm(hidden_states),

@@ -1,14 +1,26 @@
 """The configuration: one set of names, the published sizes, how the model splits over devices."""
 
-import difflib
+import inspect
 import re
 import sys
+from collections.abc import Iterator
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
+
+from .presets_scratch_gpt import (
+    END_OF_TEXT_ID,
+    GELU_FORMS,
+    PRESET_ALIASES,  # noqa: F401  # for those who import this file
+    PRESETS,  # noqa: F401
+    check_sizes,
+    find_preset,
+)
 
 if TYPE_CHECKING:
     # Never run. transformers reads it where it copies this file, and copies the models along, which
@@ -17,51 +29,9 @@ if TYPE_CHECKING:
 
 # Of this code, which travels with every saved model, and of the package.
 VERSION = "0.2.0"
+TESTED = "5.24.0"  # the transformers that it was tested with
 
 logger = logging.get_logger(__name__)
-
-# `<|endoftext|>` in the vocabulary that OpenAI released. It begins, ends and pads a text.
-END_OF_TEXT_ID = 50256
-
-# GPT-2 (Radford et al. 2019, table 2, with the parameter counts that OpenAI published later).
-# GPT-3 (Brown et al. 2020, table 2.1), with dense attention in every layer, where the paper
-# alternates dense and banded ones. Two of its rows do not multiply out, and the head size of 128
-# decides them: XL gives 24 heads for a width of 2048 (24 * 128 = 3072), here 16; 13B gives a width
-# of 5140 for 40 heads (40 * 128 = 5120), here 5120.
-_GPT3 = {"max_position_embeddings": 2048}
-PRESETS: dict[str, dict[str, int]] = {
-    "gpt2": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
-    "gpt2-medium": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
-    "gpt2-large": dict(hidden_size=1280, num_hidden_layers=36, num_attention_heads=20),
-    "gpt2-xl": dict(hidden_size=1600, num_hidden_layers=48, num_attention_heads=25),
-    "gpt3-small": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, **_GPT3),
-    "gpt3-medium": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, **_GPT3),
-    "gpt3-large": dict(hidden_size=1536, num_hidden_layers=24, num_attention_heads=16, **_GPT3),
-    "gpt3-xl": dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, **_GPT3),
-    "gpt3-2.7b": dict(hidden_size=2560, num_hidden_layers=32, num_attention_heads=32, **_GPT3),
-    "gpt3-6.7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, **_GPT3),
-    "gpt3-13b": dict(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, **_GPT3),
-    "gpt3-175b": dict(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, **_GPT3),
-}
-
-# Names by which people know the same sizes.
-PRESET_ALIASES = {
-    "124M": "gpt2",
-    "355M": "gpt2-medium",
-    "774M": "gpt2-large",
-    "1558M": "gpt2-xl",
-    "gpt2-small": "gpt2",
-    "gpt3": "gpt3-175b",
-}
-
-# Activation names of transformers -> what `GELU` computes; other names are transformers' own.
-GELU_FORMS = {
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-    "gelu": "none",
-    "gelu_python": "none",
-}
 
 _DROPOUTS = ("embedding_dropout", "hidden_dropout", "attention_dropout")
 
@@ -123,7 +93,6 @@ class ScratchGPTConfig(PretrainedConfig):
         ValueError: a value is out of its range, or two names for one field disagree.
 
     Example:
-
     >>> ScratchGPTConfig.from_preset("gpt2-medium").hidden_size
     1024
     >>> ScratchGPTConfig(emb_dim=64, n_layers=2, n_heads=4, context_length=128).intermediate_size
@@ -273,15 +242,7 @@ class ScratchGPTConfig(PretrainedConfig):
 
     def check(self) -> None:
         """Raise a ValueError that names a field outside its range, the limit and the remedy."""
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "intermediate_size", "max_position_embeddings"):
-            if getattr(self, name) is None or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive number")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} does not divide into num_attention_heads="
-                f"{self.num_attention_heads} heads of equal size; make one a multiple of the other"
-            )
+        check_sizes(vars(self))
         if self.eos_token_id == []:
             raise ValueError("eos_token_id=[] names no token; give one, or None")
         if self.hidden_act not in GELU_FORMS and self.hidden_act not in ACT2FN:
@@ -318,13 +279,7 @@ class ScratchGPTConfig(PretrainedConfig):
         Raises:
             ValueError: no preset has that name; the error lists the nearest ones.
         """
-        known = {key.lower(): key for key in (*PRESETS, *PRESET_ALIASES)}
-        preset = known.get(name.lower())
-        if preset is None:
-            nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-            names = [known[key] for key in nearest] or list(PRESETS)
-            raise ValueError(f"no preset is called {name!r}; did you mean {' or '.join(names)}?")
-        return cls(**PRESETS[PRESET_ALIASES.get(preset, preset)] | cls.by_field(overrides))
+        return cls(**find_preset(name) | cls.by_field(overrides))
 
     @classmethod
     def get_config_dict(
@@ -398,6 +353,62 @@ def _query_states(model: Any, hidden_states: Any, **kwargs: Any) -> Any:
     """Queries (B, H, T, D) of the attention block `model`, for PEFT's adaption prompt."""
     by_heads = (*hidden_states.shape[:-1], -1, model.head_dim)
     return model.q_proj(hidden_states).view(by_heads).transpose(1, 2)
+
+
+# Objects, and the parameters that are passed to them, or received from them, by name.
+_NEEDED = [
+    "transformers:DynamicCache config",
+    "transformers.masking_utils:create_causal_mask cache position_ids layer_idx",
+    "transformers.modeling_outputs:BaseModelOutputWithPast last_hidden_state cache",
+    "transformers.modeling_outputs:CausalLMOutputWithPast loss logits cache",
+    "transformers.modeling_layers:GenericForSequenceClassification.forward cache",
+    "transformers.modeling_layers:GenericForTokenClassification.forward cache",
+    "transformers.modeling_layers:GenericForQuestionAnswering.forward cache",
+    "transformers.modeling_layers:GradientCheckpointingLayer",
+    "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface",
+    "transformers.modeling_utils:slice_logits_to_keep",
+    "transformers.initialization:normal_ mean std",
+    "transformers.loss.loss_utils:ForCausalLMLoss num_items_in_batch shift_labels",
+    "transformers.utils:can_return_tuple",
+    "transformers.utils:TransformersKwargs",
+    "transformers.utils.deprecation:deprecate_kwarg new_name",
+    "transformers.utils.generic:merge_with_config_defaults",
+    "transformers.utils.import_utils:is_tracing",
+    "transformers.utils.output_capturing:capture_outputs",
+    "transformers.generation:GenerationMixin.prepare_inputs_for_generation cache inputs_embeds",
+    "transformers.generation.continuous_batching.cache:PagedAttentionCache.update layer_idx kwargs",
+    "transformers.generation.continuous_batching.input_outputs:PagedAttentionArgs",
+]
+
+
+def _lacking() -> Iterator[str]:
+    """What the models need and the installed transformers does not have."""
+    for needed in _NEEDED:
+        name, *parameters = needed.split()
+        try:
+            found = resolve_name(name)
+        except (ImportError, AttributeError):
+            yield name.replace(":", ".")
+            continue
+        known = inspect.signature(found).parameters if parameters else {}
+        for parameter in set(parameters) - set(known):
+            yield f"the argument {parameter!r} of {name.partition(':')[2]}"
+
+
+def check_transformers() -> None:
+    """Raise an ImportError if transformers lacks something that the models rely on.
+
+    A saved model may meet a transformers that is years newer. 5.24 calls `cache` what 5.23 called
+    `past_key_values`, and code that knew the old name alone wrote wrong text without an error.
+    """
+    lacking = list(_lacking())
+    if lacking:
+        raise ImportError(
+            f"transformers {transformers.__version__} does not fit this model: it lacks "
+            f"{', '.join(lacking)}. The model was tested with transformers {TESTED}: pip install "
+            f"transformers=={TESTED}. For a newer transformers, upgrade hf_scratch_gpt; a saved "
+            "model is refreshed by from_pretrained and save_pretrained of the new version"
+        )
 
 
 ScratchGPTConfig.register_for_auto_class()

@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-# First: it says in one line what is wrong where an import below would fail.
-from .host_scratch_gpt import check_transformers  # noqa: F401
+from .configuration_scratch_gpt import ScratchGPTConfig, check_transformers
 
-# isort: split
+# In one line, before an import below fails in its own words.
+check_transformers()
+# ruff: noqa: E402
 
 import torch
 from torch import nn
@@ -35,7 +36,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_scratch_gpt import LayerNorm, MultiHeadAttention, TransformerBlock, masked_attention
-from .configuration_scratch_gpt import ScratchGPTConfig
 from .positions_scratch_gpt import check_inputs, known_keywords, positions_of, raise_past_limit
 
 # Tokens whose logits are in memory at a time, in training by `config.chunked_loss`.

@@ -22,6 +22,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..characters import encoded
 from ..files import new_file
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .texts import Piece, Sources, find, read, size_of
@@ -156,8 +157,8 @@ def _encoded(
     """The stream, computed by a thread for each core; shows progress."""
 
     def encode(texts: list[str], ends: list[bool]) -> bytes:
-        options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
-        rows = tokenizer(texts, **options)["input_ids"]
+        options = dict(add_special_tokens=False, return_attention_mask=False)
+        rows = encoded(tokenizer, texts, **options)["input_ids"]
         streams = (
             row + [tokenizer.eos_token_id] * end for row, end in zip(rows, ends, strict=True)
         )

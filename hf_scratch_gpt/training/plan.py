@@ -1,5 +1,6 @@
 """What a training will take, said before it begins, and once more after ten steps."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,26 @@ from .blocks import Blocks
 from .run_folder import batch_size
 
 _MEASURED_STEPS = 10
+_FEWEST, _MOST = 100_000, 1_000_000  # tokens of a validation
 # Of the speed of large products, what a whole step reaches; seen between 0.3 and 0.6.
 _EFFICIENCY = 0.4
+
+
+def validation_limit(
+    arguments: TrainingArguments, blocks: Blocks, record: dict[str, Any] | None
+) -> int:
+    """Tokens to validate on at most: as many as are trained on in between, within limits.
+
+    A run that is lengthened keeps its own, which `record` has.
+    """
+    if record and record.get("validation"):
+        return int(record["validation"][1]) * blocks.block_size
+    batch = batch_size(arguments)
+    epoch = math.ceil(len(blocks) / batch)
+    steps = arguments.max_steps if arguments.max_steps > 0 else epoch * arguments.num_train_epochs
+    every = epoch if arguments.eval_strategy == "epoch" else arguments.eval_steps or 1
+    between = round(every * steps if every < 1 else every) * batch * blocks.block_size
+    return min(_MOST, max(_FEWEST, between))
 
 
 def describe_plan(

@@ -9,10 +9,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
@@ -31,8 +33,9 @@ from .callbacks import (
     SampleText,
     draw_loss,
 )
+from .card import describe_training
 from .corpus import tokenize
-from .plan import TimeLeft, describe_plan
+from .plan import TimeLeft, describe_plan, validation_limit
 from .texts import Sources
 from .trainer import make_trainer, run_to_end
 from .vocabularies import gpt2_vocabulary, is_recipe, make_vocabulary
@@ -73,7 +76,7 @@ def train(
     tokenizer: setup.Tokenizer | None = None,
     block_size: int | None = None,
     validation: float | Sources | None = 0.05,
-    validation_tokens: int = 1_000_000,
+    validation_tokens: int | None = None,
     text_field: str = "text",
     cache_dir: str | os.PathLike[str] | None = None,
     sample_prompt: str | None = None,
@@ -90,8 +93,8 @@ def train(
 
     Started again with the same arguments, it goes on from the last checkpoint, with the losses of
     an uninterrupted run; a finished run is left as it is, or goes on if more steps or epochs are
-    asked for. Ctrl-C or SIGTERM ends it with a checkpoint. The folder also gets `loss.png` and,
-    where tensorboard is installed, `runs`.
+    asked for. Ctrl-C or SIGTERM ends it with a checkpoint. The folder also gets `loss.png`, a card
+    (`README.md`) and, where tensorboard is installed, `runs`.
 
     Args:
         sources: texts to train on: files, folders or data sets, see `texts.find`.
@@ -105,7 +108,8 @@ def train(
             weights GPT-2's own, if it is in Hugging Face's cache, else "bpe".
         block_size: tokens in a training example; as many as the model has positions if not given.
         validation: which part of the blocks, from the end, to validate on; or other texts; or None.
-        validation_tokens: validate on so many tokens of that at most, spread evenly over it.
+        validation_tokens: validate on so many tokens of that at most, spread evenly over it. If not
+            given, a million, and not many more than are trained on in between.
         text_field, cache_dir: see `tokenize`.
         sample_prompt: a text that the model continues every `sample_steps` steps (below 1: that
             part of all steps).
@@ -138,7 +142,9 @@ def train(
     encoder.model_max_length = min(encoder.model_max_length, config.max_position_embeddings)
     size = setup.checked_block_size(block_size, config)
     arguments = setup.make_arguments(folder, trained is None, bool(validation), training_arguments)
-    setup.on_first_process(arguments, lambda: runs.read_record(folder) and None)
+    if arguments.eval_strategy == "no":
+        validation = None
+    record = setup.on_first_process(arguments, lambda: runs.read_record(folder))
     blocks, held_out = Blocks(tokenize(sources, encoder, text_field, cache_dir), size), None
     if isinstance(validation, float | int):
         blocks, held_out = blocks.split(validation) if validation else (blocks, None)
@@ -147,10 +153,15 @@ def train(
     notice = on_notice if arguments.process_index == 0 else logger.debug
     for line in lines:
         notice(line)
+    if validation_tokens is None:
+        validation_tokens = validation_limit(arguments, blocks, record)
     held_out = _bounded(blocks, held_out, validation_tokens, notice)
     run = runs.describe(config, trained, encoder, arguments, blocks, held_out, lora)
+    names = [os.fspath(text) for text in _listed(sources)]
+    base = None if trained is None else _name_of_base(model, trained)
+    describe = partial(describe_training, folder, config=config, texts=names, base=base)
     state, checkpoint = setup.on_first_process(
-        arguments, lambda: _enter(folder, run, arguments, merge_lora)
+        arguments, lambda: _enter(folder, run, arguments, merge_lora, describe)
     )
     if state is not None:
         steps = state.global_step
@@ -163,6 +174,8 @@ def train(
     trainer = make_trainer(model, encoder, arguments, blocks, held_out, callbacks)
     total = setup.resolve_steps(trainer)
     begun = runs.step_of(checkpoint)
+    if checkpoint is not None:
+        setup.on_first_process(arguments, lambda: runs.take_rhythm(checkpoint, arguments))
     notice(describe_plan(model, arguments, blocks, held_out, total, begun))
     trainer.add_callback(TimeLeft(notice))
     if sample_prompt is not None:
@@ -172,7 +185,7 @@ def train(
         trainer.remove_callback(PrinterCallback)  # which prints where bars are disabled
         trainer.add_callback(progress)
     with nullcontext() if progress is None else without_progress_bars():
-        interrupted = run_to_end(trainer, checkpoint, merge_lora)
+        interrupted = run_to_end(trainer, checkpoint, merge_lora, describe)
     reached = trainer.state
     return TrainingResult(folder, reached.global_step, reached.log_history, interrupted, begun)
 
@@ -218,8 +231,18 @@ def _bounded(
     return chosen
 
 
+def _name_of_base(model: setup.Model, trained: PreTrainedModel) -> str | None:
+    """The folder or hub id of the `trained` model that `model` names, or is."""
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else trained.name_or_path
+    return name or None
+
+
 def _enter(
-    folder: Path, run: dict[str, Any], arguments: TrainingArguments, merge_lora: bool
+    folder: Path,
+    run: dict[str, Any],
+    arguments: TrainingArguments,
+    merge_lora: bool,
+    describe: Callable[[TrainerState], None],
 ) -> tuple[TrainerState | None, Path | None]:
     """Make `folder` that of `run`; the state of a finished run, or the checkpoint to go on from."""
     runs.enter(folder, run)
@@ -230,7 +253,7 @@ def _enter(
     if checkpoint is not None and reached is not None and runs.is_at_end(reached, run):
         # It was killed between its last step and the end; a Trainer would take one more step.
         if any(checkpoint.glob("*.safetensors")):
-            return _finish(folder, checkpoint, reached, arguments, merge_lora), None
+            return _finish(folder, checkpoint, reached, arguments, merge_lora, describe), None
         # Weights of FSDP, one part for each process.
         checkpoint = runs.last_checkpoint(folder, before=reached.global_step)
     runs.discard_after(checkpoint, folder)
@@ -243,6 +266,7 @@ def _finish(
     reached: TrainerState,
     arguments: TrainingArguments,
     merge_lora: bool,
+    describe: Callable[[TrainerState], None],
 ) -> TrainerState:
     """Do what is done at the end of training, with the last checkpoint."""
     best = reached.best_model_checkpoint if arguments.load_best_model_at_end else None
@@ -255,5 +279,6 @@ def _finish(
         model.save_pretrained(folder)
     setup.load_tokenizer(None, place).save_pretrained(folder)
     draw_loss(reached.log_history, folder / runs.CURVE)
+    describe(reached)
     reached.save_to_json(str(folder / runs.STATE))
     return reached

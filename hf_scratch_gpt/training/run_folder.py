@@ -29,6 +29,7 @@ _CHECKPOINT = "checkpoint-"
 _UNFINISHED = f"{RECORD}.unfinished"
 
 _LENGTH = ("max_steps", "num_train_epochs")
+_RHYTHM = ("logging_steps", "eval_steps", "save_steps")
 
 # The arguments that decide the loss curve, apart from the batch size, to which several contribute.
 _ARGUMENTS = (
@@ -141,6 +142,18 @@ def read_state(folder: Path) -> TrainerState | None:
         return TrainerState.load_from_json(str(folder / STATE))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def take_rhythm(checkpoint: Path, arguments: TrainingArguments) -> None:
+    """Write into `checkpoint` how often this run logs, validates and saves.
+
+    A run that is lengthened does so less often, and the Trainer would warn of it.
+    """
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    wanted = {name: getattr(arguments, name) for name in _RHYTHM}
+    if state | wanted != state:
+        with new_file(checkpoint / STATE) as unfinished:
+            unfinished.write_text(json.dumps(state | wanted, indent=2), encoding="utf-8")
 
 
 def is_at_end(state: TrainerState, run: dict[str, Any]) -> bool:

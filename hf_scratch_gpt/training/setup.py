@@ -23,8 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..model.configuration_scratch_gpt import PRESET_ALIASES, PRESETS, ScratchGPTConfig
+from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
+from ..model.presets_scratch_gpt import PRESET_ALIASES, PRESETS
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .adapters import base_of, is_adapter, merged
 from .corpus import vocabulary_size

@@ -1,6 +1,6 @@
 """transformers' `Trainer` as `train` uses it: its parts, its run, and what is saved in the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
@@ -25,17 +26,37 @@ from .callbacks import KeepFolder, RunningLoss, StopOnSignal, losses_of_rows
 logger = logging.get_logger(__name__)
 
 
+_LOGITS = 2**22  # that are in memory at a time when a model is evaluated
+
+
 class _Trainer(Trainer):
-    """Takes blocks in the order that accelerate would, in less memory; evaluates row by row."""
+    """Takes blocks in the order that accelerate would, and less memory for logits."""
+
+    by_engine = False
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own; in pieces where the engine, which has a quick loop for it, trains."""
+        if not self.by_engine:
+            return super().compute_loss(*args, **kwargs)
+        config = self.model.config
+        kept, config.chunked_loss = config.chunked_loss, True  # it is not saved so
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            config.chunked_loss = kept
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Losses of rows in place of logits: with labels the model would compute the loss too."""
-        labels = inputs["labels"]
-        unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-        _, logits, _ = super().prediction_step(model, unlabelled, *args, **kwargs)
-        return None, losses_of_rows(logits, labels.to(logits.device)), labels
+        """Losses of rows in place of logits, of a few rows at a time."""
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        rows = max(1, _LOGITS // (ids.shape[1] * self.model.config.vocab_size))
+        losses = []
+        for part, targets in zip(ids.split(rows), labels.split(rows), strict=True):
+            # With labels the model would compute the loss too.
+            _, logits, _ = super().prediction_step(model, {"input_ids": part}, *args, **kwargs)
+            losses.append(losses_of_rows(logits, targets.to(logits.device)))
+        return None, torch.cat(losses), labels
 
     def get_train_dataloader(self) -> DataLoader:
         from accelerate.data_loader import (  # type: ignore[import-untyped]  # it has no stubs
@@ -56,7 +77,7 @@ def make_trainer(
     blocks: Blocks,
     held_out: Blocks | None,
     callbacks: Sequence[TrainerCallback],
-) -> Trainer:
+) -> _Trainer:
     """A Trainer that evaluates, draws and keeps checkpoints in our way."""
     kept, arguments.save_total_limit = arguments.save_total_limit, None
     trainer = _Trainer(
@@ -87,8 +108,16 @@ def _as_before(model: PreTrainedModel) -> Iterator[None]:
         model.config.use_cache = True  # the Trainer has turned it off
 
 
-def run_to_end(trainer: Trainer, checkpoint: Path | None, merge_lora: bool) -> bool:
-    """Train, from `checkpoint` on if there is one, and save; whether a signal ended it before."""
+def run_to_end(
+    trainer: _Trainer,
+    checkpoint: Path | None,
+    merge_lora: bool,
+    describe: Callable[[TrainerState], None],
+) -> bool:
+    """Train, from `checkpoint` on if there is one, and save; whether a signal ended it before.
+
+    `describe` writes the card of what was saved.
+    """
     from ..engine.swap import optimize_for_training, restore
 
     model_class = type(trainer.model)
@@ -101,10 +130,14 @@ def run_to_end(trainer: Trainer, checkpoint: Path | None, merge_lora: bool) -> b
                 # The caller may have optimized it for generation.
                 optimize_for_training(restore(trainer.model))
                 engine.callback(restore, trainer.model)
+                trainer.by_engine = True
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         interrupted = stop.stopped and trainer.state.global_step < trainer.state.max_steps
         if not interrupted:
             _save(trainer, model_class, merge_lora)
+            if trainer.args.should_save:
+                describe(trainer.state)
+            trainer.save_state()  # last, as it says that all is there
         trainer.accelerator.wait_for_everyone()
     return interrupted
 
@@ -126,4 +159,3 @@ def _save(trainer: Trainer, model_class: type[PreTrainedModel], merge_lora: bool
             model.generation_config = trainer.model.generation_config
             model.save_pretrained(trainer.args.output_dir, state_dict=weights)
             trainer.processing_class.save_pretrained(trainer.args.output_dir)
-    trainer.save_state()  # last, as it says that all is there

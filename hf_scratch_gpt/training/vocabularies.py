@@ -14,7 +14,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..characters import character_tokenizer
-from ..files import new_file
+from ..files import give_memory_back, new_file
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from ..model.vocabulary_scratch_gpt import END_OF_TEXT
 from .corpus import CACHE, places_of
@@ -23,7 +23,7 @@ from .texts import Sources, find, read, size_of
 # Where GPT-2's vocabulary is in Hugging Face's cache, if any program has ever fetched it.
 _GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
 # A BPE vocabulary is counted on so many bytes at most, spread evenly over the texts.
-_COUNTED = 1 << 26
+_COUNTED = 1 << 24
 _SMALLEST, _LARGEST = 512, 8192
 _BYTES = 256  # tokens that every byte-level vocabulary has, beside the end of a text
 
@@ -109,6 +109,8 @@ def _byte_pairs(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
         texts, vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False
     )
     model = json.loads(trained.to_str())["model"]
+    del trained
+    give_memory_back()
     return ScratchGPTTokenizer(vocab=model["vocab"], merges=[*map(tuple, model["merges"])])
 
 

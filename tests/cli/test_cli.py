@@ -17,6 +17,7 @@ from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from hf_scratch_gpt.cli import demo_run as demo
 
 from ..models import random_model
+from ..test_readme import assert_printed, blocks
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def test_train_with_flags_of_the_trainer(model_folder, tmp_path, run, assert_ref
     code, out, _ = run("clear-cache", file.parent)
     assert (code, file.exists()) == (0, False)
     assert re.fullmatch(rf"removed \d+\.\d MB from {re.escape(str(file.parent))}\n", out)
+    assert run("clear-cache", file.parent)[1] == f"{file.parent} holds none\n"
 
 
 def test_train_refuses_bad_choices(model_folder, tmp_path, assert_refused):
@@ -119,6 +121,10 @@ def test_the_whole_demo_learns_more_than_pairs_of_tokens(tmp_path, run):
     assert code == 0, error
     losses = re.search(r"Validation loss (\S+) nats per token; (\S+) for the best bigram", out)
     assert float(losses[1]) <= float(losses[2]) - 0.35
+    begin = " ".join(demo.PROMPT.split()[:-1])  # what follows depends on the processor
+    (picture,) = blocks("text")
+    lines = [begin if line.startswith(begin) else line for line in picture.splitlines()]
+    assert_printed(lines, out)
     state = json.loads((tmp_path / "model" / "trainer_state.json").read_text())
     assert sum("eval_loss" in entry for entry in state["log_history"]) >= 10
 

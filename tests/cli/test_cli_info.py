@@ -9,7 +9,7 @@ import pytest
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, sizing
 from hf_scratch_gpt.cli.app import _COMMANDS
-from hf_scratch_gpt.model.configuration_scratch_gpt import PRESET_ALIASES, PRESETS
+from hf_scratch_gpt.model.presets_scratch_gpt import PRESET_ALIASES, PRESETS
 
 
 def test_table_of_three_models_fits_80_columns_with_numbers_in_line(run):

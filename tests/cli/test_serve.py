@@ -19,6 +19,7 @@ def test_serves_at_the_address_that_is_given(run, monkeypatch, converted_tiny):
     ("options", "message"),
     [
         (["--at-once", 0], "--at-once 0 is below 1"),
+        (["--plain", "--fast"], "--plain turns off what --fast and --weights ask for"),
         ([], "there is no folder '/nowhere'; give the folder of a saved model"),
     ],
 )

@@ -1,10 +1,12 @@
 """The contract tests run within a test, in a project of the strictest settings."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+MODEL = Path(__file__).parents[2] / "hf_scratch_gpt" / "model"
 STRICT = """[pytest]
 strict = true
 filterwarnings = error
@@ -49,3 +51,19 @@ def run_contract(folder: Path, name: str, *options: str) -> Reports:
     code, reports = run_pytest(folder, "--model-class", name, *options)
     assert code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), code
     return reports
+
+
+def copy_of_model(package: Path, replaced: list[tuple[str, str, str]]) -> str:
+    """Copy our model to a package of that name, as a new plugin begins; the name of its class."""
+    name = package.name
+    shutil.copytree(MODEL, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in sorted(package.iterdir()):
+        text = path.read_text()
+        for kind, old, new in replaced:
+            if path.name == f"{kind}_scratch_gpt.py":
+                assert old in text, old
+                text = text.replace(old, new.replace("PACKAGE", name))
+        text = text.replace("scratch_gpt", name).replace("ScratchGPT", name.capitalize())
+        path.unlink()
+        path.with_name(path.name.replace("scratch_gpt", name)).write_text(text)
+    return f"{name}.modeling_{name}:{name.capitalize()}ForCausalLM"

@@ -1,14 +1,11 @@
 """Each trap of a plugin for transformers, put into a copy of our model, is caught by its test."""
 
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
-from .contracts import run_contract
+from .contracts import MODEL, copy_of_model, run_contract
 
-MODEL = Path(__file__).parents[2] / "hf_scratch_gpt" / "model"
 MODELING, BLOCKS, CONFIGURATION = "modeling", "blocks", "configuration"
 POSITIONS = "positions"
 
@@ -111,6 +108,14 @@ TRAPS = {
     ),
     "a later stage adds positions again": (
         [(MODELING, "if first_layer == 0:", "if True:")],
+        "test_two_processes_agree_with_one[pp]",
+    ),
+    "a later stage makes its mask by a layer that it does not hold": (
+        [(MODELING, "layer_idx=first_layer,", "layer_idx=0,")],
+        "test_two_processes_agree_with_one[pp]",
+    ),
+    "the last norm has another name": (
+        [(MODELING, "self.norm", "self.final_layernorm")],
         "test_two_processes_agree_with_one[pp]",
     ),
     "a layer that narrows is split as one that widens": (
@@ -247,20 +252,11 @@ TRAPS = {
 }
 
 
-def copy_of_model(package: Path, replaced: list[tuple[str, str, str]]) -> str:
-    """Copy our model to a package of that name, as a new plugin begins; the name of its class."""
-    name = package.name
-    shutil.copytree(MODEL, package, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in sorted(package.iterdir()):
-        text = path.read_text()
-        for kind, old, new in replaced:
-            if path.name == f"{kind}_scratch_gpt.py":
-                assert old in text, old
-                text = text.replace(old, new.replace("PACKAGE", name))
-        text = text.replace("scratch_gpt", name).replace("ScratchGPT", name.capitalize())
-        path.unlink()
-        path.with_name(path.name.replace("scratch_gpt", name)).write_text(text)
-    return f"{name}.modeling_{name}:{name.capitalize()}ForCausalLM"
+def test_what_is_replaced_is_there():
+    """Whoever changes the model changes the traps too."""
+    for trap, (replaced, _) in TRAPS.items():
+        for kind, old, _ in replaced:
+            assert old in (MODEL / f"{kind}_scratch_gpt.py").read_text(), trap
 
 
 @pytest.mark.release

@@ -135,6 +135,23 @@ def test_a_model_with_its_own_code(tmp_path, steps):
         torch.testing.assert_close(own.grad, exact.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_a_model_whose_own_code_was_changed(tmp_path):
+    """Under the same names; the engine leaves to it what it does not know."""
+    model, ids = random_model(ScratchGPTForCausalLM, drop_rate=0.0), random_ids(1, 7)
+    model.save_pretrained(tmp_path)
+    code = tmp_path / "blocks_scratch_gpt.py"
+    wider = "self.down_proj(2 * self.activation("
+    code.write_text(code.read_text().replace("self.down_proj(self.activation(", wider))
+    name = "modeling_scratch_gpt.ScratchGPTForCausalLM"
+    changed = get_class_from_dynamic_module(name, str(tmp_path)).from_pretrained(tmp_path).eval()
+    expected = changed(ids).logits
+    assert not torch.allclose(expected, model(ids).logits, atol=1e-2)
+    written = changed.generate(ids, max_new_tokens=5, do_sample=False)
+    fast = optimize_for_generation(changed)
+    assert torch.equal(fast.generate(ids, max_new_tokens=5, do_sample=False), written)
+    torch.testing.assert_close(optimize_for_training(restore(fast))(ids).logits, expected)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_adapters_learn(monkeypatch):
     """A model that is optimized, then adapted; its own weights are frozen."""

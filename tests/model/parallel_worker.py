@@ -1,10 +1,10 @@
-"""Run under torchrun by test_parallel.py: one saved model, split over the processes.
+"""Run in two processes by test_parallel.py: saved models, split over the processes.
 
 The single process's logits and generated ids were computed by the test and lie in `expected.pt`.
 """
 
 import gc
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,13 +14,24 @@ from transformers.distributed import DistributedConfig
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
 
-def main() -> None:
-    """Compare what this process sees with the expected results; rank 0 saves the model again."""
-    kind, folder = sys.argv[1], Path(sys.argv[2])
+def compare_all(kinds: Sequence[str], folders: Sequence[Path]) -> None:
+    """Compare what this process sees of each model with the expected results."""
+    for folder in folders:
+        for kind in kinds:
+            _compare(kind, folder)
+            # A model of several stages refers to itself and to the process groups, whose threads
+            # live as long as they do. If these are ended by an interpreter that is ending itself,
+            # it may abort.
+            gc.collect()
+            print(f"{folder.name} {kind} agrees", flush=True)
+    dist.destroy_process_group()
+
+
+def _compare(kind: str, folder: Path) -> None:
+    """Compare logits and generated ids; rank 0 saves the model again."""
     expected = torch.load(folder / "expected.pt")
-    sizes = {"tp": {"tp_size": 2}, "pp": {"pp_size": 2}, "fsdp": {"fsdp_size": 2}}[kind]
     model = ScratchGPTForCausalLM.from_pretrained(
-        folder / "model", distributed_config=DistributedConfig(**sizes)
+        folder / "model", distributed_config=DistributedConfig(**{f"{kind}_size": 2})
     )
     inputs = {"input_ids": expected["input_ids"], "attention_mask": expected["attention_mask"]}
     kept = expected["attention_mask"].bool()
@@ -35,15 +46,5 @@ def main() -> None:
         torch.stack(generated.logits), expected["step_logits"], atol=1e-5, rtol=0
     )
     if kind != "pp":
-        model.save_pretrained(folder / "again")
+        model.save_pretrained(folder / kind)
     dist.barrier()
-    # A model of several stages refers to itself and to the process groups, whose threads live as
-    # long as they do. If these are ended by an interpreter that is ending itself, it may abort.
-    del model, generated
-    gc.collect()
-    dist.destroy_process_group()
-    print(f"{kind} agrees")
-
-
-if __name__ == "__main__":
-    main()

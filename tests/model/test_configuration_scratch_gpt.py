@@ -3,7 +3,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import GPT2Config
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
-from hf_scratch_gpt.model.configuration_scratch_gpt import PRESETS
+from hf_scratch_gpt.model.presets_scratch_gpt import PRESETS
 
 
 def test_presets_multiply_out_and_take_overrides_under_any_name():

@@ -1,8 +1,6 @@
 """Tensor and pipeline parallelism and FSDP on two processes give the results of one."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,19 +8,17 @@ import torch
 from hf_scratch_gpt import ScratchGPTForCausalLM
 
 from ..models import random_ids, random_model
+from ..processes import start
+from .parallel_worker import compare_all
 
-TIED = [True, False]
+KINDS = ["tp", "pp", "fsdp"]
 
 
-@pytest.fixture(scope="module", params=TIED, ids=["tied", "untied"])
-def expected(request, tmp_path_factory):
-    """A folder with a model and what one process makes of a left-padded batch."""
-    folder = tmp_path_factory.mktemp("parallel")
+def save_expected(folder: Path, is_tied: bool) -> Path:
+    """Save a model and what one process makes of a left-padded batch."""
     torch.manual_seed(0)
     # an odd vocabulary, as GPT-2's is, and five layers, so that two stages differ
-    model = random_model(
-        ScratchGPTForCausalLM, tie_word_embeddings=request.param, num_hidden_layers=5
-    )
+    model = random_model(ScratchGPTForCausalLM, tie_word_embeddings=is_tied, num_hidden_layers=5)
     model.save_pretrained(folder / "model")
     inputs = {"input_ids": random_ids(2, 10), "attention_mask": torch.ones(2, 10).long()}
     inputs["attention_mask"][1, :4] = 0
@@ -38,21 +34,17 @@ def expected(request, tmp_path_factory):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["tp", "pp", "fsdp"])
-def test_two_processes_agree_with_one(kind, expected):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*command, "--nproc_per_node=2", "-m", "tests.model.parallel_worker", kind, str(expected)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count(f"{kind} agrees") == 2
-    assert "warning" not in run.stderr.lower(), run.stderr
-    if kind != "pp":
-        model, again = (
-            ScratchGPTForCausalLM.from_pretrained(expected / name) for name in ("model", "again")
-        )
-        for name, parameter in model.named_parameters():
-            assert torch.equal(again.get_parameter(name), parameter), name
+def test_two_processes_agree_with_one(tmp_path):
+    folders = [save_expected(tmp_path / name, name == "tied") for name in ("tied", "separate")]
+    codes, output = start(tmp_path / "output", 2, compare_all, KINDS, folders).wait()
+    assert codes == [0, 0], output
+    for folder in folders:
+        for kind in KINDS:
+            assert output.count(f"{folder.name} {kind} agrees") == 2, output
+    assert "warning" not in output.lower(), output
+    for folder in folders:
+        model = ScratchGPTForCausalLM.from_pretrained(folder / "model")
+        for kind in ("tp", "fsdp"):
+            again = ScratchGPTForCausalLM.from_pretrained(folder / kind)
+            for name, parameter in model.named_parameters():
+                assert torch.equal(again.get_parameter(name), parameter), (kind, name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast
 
-from hf_scratch_gpt.training import clear_cache, train, vocabularies
+from hf_scratch_gpt.training import clear_cache, plan, train, vocabularies
 from hf_scratch_gpt.training.setup import load_model
 
 TEXT = "To be, or not to be: that is the question. Größe, naïve, 語 😀\r\n\ttabs\n" * 60
@@ -112,6 +112,14 @@ def test_a_finished_run_is_lengthened(run, tmp_path):
     (tmp_path / "run" / "trainer_state.json").unlink()
     last, _ = run(max_steps=6)
     assert (last.went_on_from, last.steps) == (5, 6)
+
+
+def test_no_validation_is_longer_than_the_training_before_it(run, monkeypatch):
+    """Above a limit; a run that is lengthened keeps what it validates on."""
+    monkeypatch.setattr(plan, "_FEWEST", 64)
+    for name, steps, tokens in (("run", 4, 256), ("run", 8, 256), ("longer", 8, 512)):
+        _, lines = run(name, max_steps=steps, eval_steps=0.5, validation=0.5)
+        assert any(line.startswith(f"Each validation takes {tokens} of") for line in lines), lines
 
 
 def test_a_plan_is_told_before_the_first_step(run):

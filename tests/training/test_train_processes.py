@@ -1,9 +1,6 @@
 """Training that is killed, and training in several processes, gives the losses of one in peace."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_scratch_gpt.training.run import train
 
+from ..processes import start
+from . import train_worker
+
 pytestmark = pytest.mark.long
 KILLED = -9
-WORKER = "tests.training.train_worker"
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +29,17 @@ def arguments(openai_tiny, tmp_path_factory):
     return {**place, **model, **steps, "report_to": "none", "disable_tqdm": True}
 
 
-def start(arguments, folder, processes=1, **more):
-    """Run the worker; return its exit status and, if it came so far, what it has written down."""
+def run(arguments, folder, processes=1, **more):
+    """Train in processes; return the status and, if it came so far, what they have written down."""
     history = folder.with_suffix(".json")
     history.unlink(missing_ok=True)
     given = {**arguments, "output_dir": str(folder), "history": str(history), **more}
-    file = folder.with_suffix(".arguments")
-    file.write_text(json.dumps(given))
-    several = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    command = [sys.executable, "-m", *(several if processes > 1 else []), WORKER, str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert "warning" not in run.stderr.lower(), run.stderr
-    if run.returncode not in (0, KILLED):
-        pytest.fail(run.stderr)
-    return run.returncode, json.loads(history.read_text()) if history.exists() else None
+    output = folder.with_suffix(".output")
+    codes, printed = start(output, processes, train_worker.run, given).wait()
+    assert "warning" not in printed.lower(), printed
+    if set(codes) not in ({0}, {KILLED}):
+        pytest.fail(printed)
+    return codes[0], json.loads(history.read_text()) if history.exists() else None
 
 
 def values(history, name):
@@ -70,11 +65,11 @@ def test_a_run_killed_again_and_again_has_the_losses_of_one_in_peace(arguments, 
         ({"step": 12, "file": "optimizer.pt"}, "checkpoint-8"),
         ({"step": 16, "file": "trainer_state.json"}, "checkpoint-12"),
     ]:
-        assert start(arguments, folder, kill=kill) == (KILLED, None)
+        assert run(arguments, folder, kill=kill) == (KILLED, None)
         assert (folder / kept).exists()
         assert not (folder / "model.safetensors").exists()
     assert (folder / "checkpoint-16").exists(), "half of it"
-    status, found = start(arguments, folder)
+    status, found = run(arguments, folder)
     assert (status, found["from"], found["steps"]) == (0, 12, 30)
     assert_same_curve(found["history"], whole.history, 1e-6)
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "killed")]
@@ -93,12 +88,12 @@ def test_two_processes_have_the_losses_of_one_and_stop_together(arguments, alone
     halves = dict(per_device_train_batch_size=4, per_device_eval_batch_size=3)
     folder = tmp_path / "run"
     interrupt = {"step": 14, "rank": 1}
-    _, found = start(arguments, folder, processes=2, interrupt=interrupt, **halves)
+    _, found = run(arguments, folder, processes=2, interrupt=interrupt, **halves)
     assert found["interrupted"]
     assert found["steps"] == 14
     assert (folder / "checkpoint-14").exists()
     assert not (folder / "model.safetensors").exists()
-    _, found = start(arguments, folder, processes=2, **halves)
+    _, found = run(arguments, folder, processes=2, **halves)
     assert (found["from"], found["steps"], found["interrupted"]) == (14, 30, False)
     assert_same_curve(found["history"], alone.history, 1e-4, eval_perplexity=1e-2)
 
@@ -107,7 +102,7 @@ def test_sharded_weights_give_the_losses_of_whole_ones(arguments, alone, tmp_pat
     folder = tmp_path / "run"
     sharded = dict(fsdp=True, use_cpu=False, dataloader_pin_memory=False)
     halves = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    _, found = start(arguments, folder, processes=2, sample_prompt="The", **sharded, **halves)
+    _, found = run(arguments, folder, processes=2, sample_prompt="The", **sharded, **halves)
     assert_same_curve(found["history"], alone.history, 1e-4, eval_perplexity=1e-2)
     assert (folder / "checkpoint-30" / "pytorch_model_fsdp.bin").exists(), "it was not sharded"
     # the model's own code, not that of torch which the class of a sharded model comes from

@@ -1,4 +1,4 @@
-"""Run by test_train_processes.py in processes of its own: `train` with the arguments in a file.
+"""Run by test_train_processes.py in processes of its own: `train` with some arguments more.
 
 Besides those of `train`, "kill" ends the process as `kill -9` would, behind a step or in the middle
 of writing a file of its checkpoint; "interrupt" sends one of the processes a Ctrl-C at a step;
@@ -8,8 +8,8 @@ of writing a file of its checkpoint; "interrupt" sends one of the processes a Ct
 import json
 import os
 import signal
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,9 +67,8 @@ def shard_on_cpus() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
-def main() -> None:
+def run(arguments: dict[str, Any]) -> None:
     """Train, and write down what came of it."""
-    arguments = json.loads(Path(sys.argv[1]).read_text())
     history, callbacks = Path(arguments.pop("history")), []
     if (kill := arguments.pop("kill", None)) is not None:
         callbacks.append(Kill(**kill))
@@ -83,7 +82,3 @@ def main() -> None:
         history.write_text(json.dumps({**found, "interrupted": result.interrupted}))
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

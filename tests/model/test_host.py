@@ -10,7 +10,7 @@ import transformers
 from transformers import masking_utils, modeling_outputs
 from transformers.utils import output_capturing
 
-from hf_scratch_gpt.model.host_scratch_gpt import TESTED, check_transformers
+from hf_scratch_gpt.model.configuration_scratch_gpt import TESTED, check_transformers
 
 # Makes transformers one that says `past_key_values`, then imports what the arguments name.
 OLDER = """

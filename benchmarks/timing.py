@@ -1,5 +1,6 @@
 """Clocks, rounds in turns, and what the machine can do at most, measured in the same run."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ import torch
 from hf_scratch_gpt.engine.half import multiplied_as
 from hf_scratch_gpt.engine.products import WAYS, multiply_seconds
 
-_ENOUGH = 30  # seconds
+_ENOUGH = 15  # seconds
 _BYTES = 2**29  # larger than any cache
 
 
@@ -39,7 +40,7 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each of `ways` in each round; a machine's slow minutes meet all of them.
 
-    No round begins after half a minute.
+    No round begins after a quarter of a minute.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     start = time.perf_counter()
@@ -63,6 +64,7 @@ def rates(amount: float, seconds: Mapping[str, list[float]]) -> dict[str, dict[s
     }
 
 
+@functools.cache
 @torch.no_grad()
 def read_bandwidth(device: str) -> float:
     """Bytes a second at which memory is read, by the fastest way known."""
@@ -73,6 +75,7 @@ def read_bandwidth(device: str) -> float:
     return _BYTES / min(seconds)
 
 
+@functools.cache
 @torch.no_grad()
 def matrix_peak(dtype: torch.dtype, device: str) -> float:
     """FLOP a second of GPT-2's feed-forward product, 1,024 tokens at once, in the fastest type."""

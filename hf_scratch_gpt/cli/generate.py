@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from . import speed
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of ours or a GPT-2.")],
@@ -27,13 +29,9 @@ def generate(
         bool,
         typer.Option("--json", help="A JSON object a text: with its ids and log-probabilities."),
     ] = False,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Write by PyTorch alone, without compiled code.")
-    ] = False,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Compile, also on a GPU; an error if that fails.")
-    ] = False,
-    weights: Annotated[str | None, typer.Option(help="Fast, in int8, int4 or fp8.")] = None,
+    plain: speed.Plain = False,
+    fast: speed.Fast = False,
+    weights: speed.Weights = None,
 ) -> None:
     """Continue prompts; the text is shown as it comes.
 
@@ -41,8 +39,7 @@ def generate(
     In a terminal, Ctrl-C stops a text and Ctrl-D ends; a model with a chat template
     keeps up a conversation there.
     """
-    if plain and (fast or weights):
-        raise ValueError("--plain turns off what --fast and --weights ask for; leave it out")
+    optimize = speed.wanted(plain, fast, weights)
     from .models import load
     from .writer import Writer, answer_terminal, everything, lines
 
@@ -51,7 +48,7 @@ def generate(
         sampling = dict.fromkeys(sampling)
     sampling |= dict(do_sample=temperature > 0, max_new_tokens=max_new_tokens)
     text = everything() if prompt == "-" else prompt
-    network, tokenizer = load(model, False if plain else fast or None, weights)
+    network, tokenizer = load(model, optimize, weights)
     writer = Writer(model, network, tokenizer, seed, samples, as_json, sampling)
     if text is not None:
         writer.answer(text)

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from . import speed
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of ours or a GPT-2.")],
@@ -14,13 +16,9 @@ def serve(
     at_once: Annotated[
         int, typer.Option(help="Texts to write together, by continuous batching.")
     ] = 1,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Write by PyTorch alone, without compiled code.")
-    ] = False,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Compile, also on a GPU; an error if that fails.")
-    ] = False,
-    weights: Annotated[str | None, typer.Option(help="Fast, in int8, int4 or fp8.")] = None,
+    plain: speed.Plain = False,
+    fast: speed.Fast = False,
+    weights: speed.Weights = None,
 ) -> None:
     """Serve a model to clients of OpenAI's API.
 
@@ -28,8 +26,7 @@ def serve(
     /v1/chat/completions. A request that does not say how many tokens it wants gets as many as
     fit; one that goes past the last position is refused.
     """
-    if plain and (fast or weights):
-        raise ValueError("--plain turns off what --fast and --weights ask for; leave it out")
+    optimize = speed.wanted(plain, fast, weights)
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -42,6 +39,6 @@ def serve(
 
     from .server import build_app
 
-    app = build_app(model, at_once, fast=False if plain else fast or None, weights=weights)
+    app = build_app(model, at_once, fast=optimize, weights=weights)
     # Unlike `uvicorn.run`, this ends with Ctrl-C's exit code, and with 1 where it cannot listen.
     uvicorn.Server(uvicorn.Config(app, host=host, port=port)).run()

@@ -142,8 +142,6 @@ def train(
     encoder.model_max_length = min(encoder.model_max_length, config.max_position_embeddings)
     size = setup.checked_block_size(block_size, config)
     arguments = setup.make_arguments(folder, trained is None, bool(validation), training_arguments)
-    if arguments.eval_strategy == "no":
-        validation = None
     record = setup.on_first_process(arguments, lambda: runs.read_record(folder))
     blocks, held_out = Blocks(tokenize(sources, encoder, text_field, cache_dir), size), None
     if isinstance(validation, float | int):
@@ -155,7 +153,8 @@ def train(
         notice(line)
     if validation_tokens is None:
         validation_tokens = validation_limit(arguments, blocks, record)
-    held_out = _bounded(blocks, held_out, validation_tokens, notice)
+    validates = arguments.eval_strategy != "no"
+    held_out = _bounded(blocks, held_out, validation_tokens, notice, validates)
     run = runs.describe(config, trained, encoder, arguments, blocks, held_out, lora)
     names = [os.fspath(text) for text in _listed(sources)]
     base = None if trained is None else _name_of_base(model, trained)
@@ -214,7 +213,11 @@ def _listed(sources: float | Sources | None) -> Sequence[str | os.PathLike[str]]
 
 
 def _bounded(
-    blocks: Blocks, held_out: Blocks | None, tokens: int, notice: Callable[[str], None]
+    blocks: Blocks,
+    held_out: Blocks | None,
+    tokens: int,
+    notice: Callable[[str], None],
+    validates: bool,
 ) -> Blocks | None:
     """At most `tokens` tokens of `held_out`; say so, and where the ids of the texts are."""
     path, size = blocks.file.path, blocks.block_size
@@ -223,7 +226,7 @@ def _bounded(
         "texts; `hf-scratch-gpt clear-cache` removes them"
     )
     chosen = held_out and held_out.spread(tokens)
-    if chosen and held_out and len(chosen) < len(held_out):
+    if validates and chosen and held_out and len(chosen) < len(held_out):
         notice(
             f"Each validation takes {len(chosen) * size:,} of {len(held_out) * size:,} tokens, "
             "spread evenly"

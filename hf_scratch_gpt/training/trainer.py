@@ -25,7 +25,6 @@ from .callbacks import KeepFolder, RunningLoss, StopOnSignal, losses_of_rows
 
 logger = logging.get_logger(__name__)
 
-
 _LOGITS = 2**22  # that are in memory at a time when a model is evaluated
 
 

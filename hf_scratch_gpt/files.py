@@ -59,6 +59,13 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def refuse_file(folder: Path) -> None:
+    """Raise a ValueError if `folder`, or what would have to hold it, is a file."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is a file; choose another folder")
+
+
 def destination(out: str | Path, overwrite: bool, sources: Iterable[str | Path] = ()) -> Path:
     """The folder `out` with links followed, after a look at whether it can be made.
 
@@ -73,8 +80,7 @@ def destination(out: str | Path, overwrite: bool, sources: Iterable[str | Path] 
         ValueError: `out` cannot be made, or holds what must be kept.
     """
     folder = Path(out).expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another folder")
+    refuse_file(folder)
     if Path.cwd().is_relative_to(folder):
         raise ValueError(f"{folder} is or holds the working directory; choose a folder inside it")
     if folder.is_mount():

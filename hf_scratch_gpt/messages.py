@@ -15,6 +15,8 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """What `error` says, in one line; the middle of a long one is left out."""
     text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
     whole = len(text) <= 2 * _BEGIN
     parts = [text] if whole else [text[:_BEGIN], text[-_BEGIN:]]
     line = " ... ".join(printable(" ".join(part.split())) for part in parts)

@@ -54,6 +54,8 @@ def _write_headers(
         for name, tensor in planned.items()
     }
     try:
+        if max_shard_size.startswith("-"):
+            raise ValueError
         split = split_torch_state_dict_into_shards(
             tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
         )

@@ -19,6 +19,7 @@ from .generate import generate
 from .info import info
 from .inspect_model import inspect
 from .new import new
+from .options import in_words_of_the_user
 from .serve import serve
 from .tools import PASS_ON, with_tool
 from .train import clear_cache, train
@@ -54,7 +55,8 @@ def _description(command: Callable[..., None]) -> str:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for name, (command, settings) in _COMMANDS.items():
-    app.command(name, help=_description(command), context_settings=settings)(command)
+    add = app.command(name, help=_description(command), context_settings=settings)
+    add(in_words_of_the_user(command))
 
 
 def _print_version(is_asked: bool) -> None:

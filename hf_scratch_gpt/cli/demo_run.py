@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ..checkpoints.bundled import convert_bundled
+from ..files import refuse_file
 from ..messages import printable
 from ..model.configuration_scratch_gpt import ScratchGPTConfig
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
@@ -75,8 +76,7 @@ def run_demo(folder: Path, console: Console) -> None:
     """
     check_installed()
     folder = folder.expanduser().resolve()
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; choose another folder")
+    refuse_file(folder)
     difference = convert_bundled(folder / "openai-tiny")
     console.print(
         "A tiny GPT-2 in OpenAI's format is converted; its logits differ from those of OpenAI's "

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")
+    ],
     texts: Annotated[
         list[str],
         typer.Argument(

@@ -9,12 +9,16 @@ from . import speed
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of ours or a GPT-2.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Folder or Hub id of a model of ours or a GPT-2."),
+    ],
     prompt: Annotated[
         str | None,
         typer.Argument(
+            metavar="PROMPT",
             help="What to continue; - takes all of standard input. If not given, prompts are asked "
-            "for in a terminal, and else read from standard input, one a line."
+            "for in a terminal, and else read from standard input, one a line.",
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
@@ -40,6 +44,8 @@ def generate(
     keeps up a conversation there.
     """
     optimize = speed.wanted(plain, fast, weights)
+    if 0 < temperature < 1e-5:  # logits divided by it may be infinite
+        raise ValueError(f"--temperature {temperature} is too low; 0 takes the likeliest token")
     from .models import load
     from .writer import Writer, answer_terminal, everything, lines
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..messages import printable
+
 if TYPE_CHECKING:
     from ..inspection import Block, Inspection
 
@@ -18,8 +20,10 @@ _BAR = 24
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
-    text: Annotated[str, typer.Argument(help="The text to look at.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")
+    ],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text to look at.")],
     top: Annotated[int, typer.Option(help="How many of the likeliest next tokens.")] = 10,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with the attention of each head, too.")
@@ -50,7 +54,7 @@ def inspect(
     console.print()
     console.print(_likeliest(seen))
     if html is not None:
-        console.print(f"The page is {html.resolve()}", soft_wrap=True)
+        console.print(f"The page is {printable(str(html.resolve()))}", soft_wrap=True)
 
 
 def _tokens(seen: "Inspection") -> Columns:

@@ -16,9 +16,10 @@ def new(
 
     It is this package's model under another name, with tests, and imports nothing of this package.
     """
+    from ..messages import printable
     from ..scaffold import class_name, new_package
 
-    folder = new_package(name, out, overwrite)
+    folder = printable(str(new_package(name, out, overwrite)))
     typer.echo(
         f"{folder}: the package {name}, with {class_name(name)}ForCausalLM; there, try "
         f"`pip install -e '.[test]' && pytest`, and change {name}/blocks_{name}.py"

@@ -8,7 +8,10 @@ from . import speed
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of ours or a GPT-2.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Folder or Hub id of a model of ours or a GPT-2."),
+    ],
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")
@@ -35,10 +38,24 @@ def serve(
         )
     if at_once < 1:
         raise ValueError(f"--at-once {at_once} is below 1; write at least one text at a time")
+    _check_can_listen(host, port)
     import uvicorn
 
     from .server import build_app
 
     app = build_app(model, at_once, fast=optimize, weights=weights)
-    # Unlike `uvicorn.run`, this ends with Ctrl-C's exit code, and with 1 where it cannot listen.
+    # Unlike `uvicorn.run`, this ends with Ctrl-C's exit code.
     uvicorn.Server(uvicorn.Config(app, host=host, port=port)).run()
+
+
+def _check_can_listen(host: str, port: int) -> None:
+    """Raise an OSError if nothing can listen at the address, before the model takes its time."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise OSError(
+            f"cannot listen at {host}, port {port}: {error.strerror}; give another --port or --host"
+        ) from None

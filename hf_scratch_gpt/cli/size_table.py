@@ -70,6 +70,8 @@ def find_config(name: str, overrides: Mapping[str, Any] | None = None) -> "Scrat
         OSError: the folder's `config.json` cannot be read.
     """
     folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; give the folder of a saved model")
     # A name without an owner is a preset mistyped, and is not looked for on the Hub.
     if name in PRESETS | PRESET_ALIASES or not name or not (folder.is_dir() or "/" in name):
         return sizing.preset_sizes(name, **(overrides or {}))

@@ -1,6 +1,6 @@
 """The options that say how fast a model writes, of the commands that let it write."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -10,7 +10,10 @@ Plain = Annotated[
 Fast = Annotated[
     bool, typer.Option("--fast", help="Compile, also on a GPU; an error if that fails.")
 ]
-Weights = Annotated[str | None, typer.Option(help="Fast, in int8, int4 or fp8.")]
+Weights = Annotated[
+    Literal["int8", "int4", "fp8"] | None,
+    typer.Option(metavar="TYPE", help="Fast, in int8, int4 or fp8."),
+]
 
 
 def wanted(plain: bool, fast: bool, weights: str | None) -> bool | None:

@@ -19,7 +19,7 @@ def with_tool(
         str, typer.Argument(metavar="TOOL", help="A command, a module or a file of Python.")
     ],
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="ARGS...", help="What the tool is given.")
+        list[str] | None, typer.Argument(metavar="ARGS", help="What the tool is given.")
     ] = None,
 ) -> None:
     """Run a Python tool that then knows the models of this package.
@@ -39,7 +39,9 @@ def with_tool(
     if not (commands or sys.flags.safe_path or here in sys.path):
         sys.path.insert(0, here)  # as Python does
     if not (commands or is_file or _is_module(tool)):
-        remedy = f"pip install {tool}" if tool.replace("-", "_").isidentifier() else "give another"
+        is_here = tool in sys.modules or not tool.replace("-", "_").isidentifier()
+        is_here = is_here or util.find_spec(tool) is not None
+        remedy = "give another" if is_here else f"pip install {tool}"
         raise ValueError(f"{tool!r} is not a command, a module or a file of Python here; {remedy}")
     sys.argv = [tool, *(arguments or [])]
     try:

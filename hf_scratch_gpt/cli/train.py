@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -11,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..messages import printable
+from . import options
+
 if TYPE_CHECKING:
     from ..training.run import TrainingResult
 
 # Options whose names in Python are others.
-_SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
+_SIZES = {option: options.FIELDS[option] for option in ("n_layer", "n_head", "n_embd")}
 _FLAGS = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
@@ -27,7 +29,7 @@ def train(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="TEXT...",
+            metavar="TEXT",
             help="Text, .jsonl or .parquet files, folders, or a Hub data set; beside them any flag "
             "of transformers' TrainingArguments, such as --weight-decay 0.01.",
         ),
@@ -141,8 +143,8 @@ def _start(
     if model:  # what it means depends on what is there
         init_from, preset = (model, None) if setup.is_saved(model) else (None, model)
     if init_from and sizes:
-        names = " and ".join(map(in_options, sizes))
-        raise ValueError(f"{names} cannot change the sizes of pretrained weights; leave it out")
+        names, them = " and ".join(map(in_options, sizes)), "them" if len(sizes) > 1 else "it"
+        raise ValueError(f"{names} cannot change the sizes of pretrained weights; leave {them} out")
     if init_from:
         return setup.pretrained(init_from), None
     if preset:
@@ -161,22 +163,13 @@ def _with_shortcuts(flags: dict[str, Any], shortcuts: dict[str, Any]) -> dict[st
 
 
 def in_options(text: str) -> str:
-    """What Python says of arguments, in words of the command line: "block_size=8" is an option."""
+    """What Python says of arguments of `train`, in words of the command line."""
     from ..training.run import train as in_python
     from ..training.setup import TrainingArguments
 
-    names = [*inspect.signature(in_python).parameters, *_FLAGS]
+    names = [*inspect.signature(in_python).parameters, *_FLAGS, *options.FIELDS]
     names += [field.name for field in fields(TrainingArguments)]
-    options = {name: name for name in names} | {field: option for option, field in _SIZES.items()}
-    options["max_position_embeddings"] = "block_size"
-
-    def option(found: re.Match[str]) -> str:
-        name, value = found.groups()
-        if not value and "_" not in name:
-            return found[0]  # a word of English
-        return f"--{options[name].replace('_', '-')}{' ' if value else ''}"
-
-    return re.sub(rf"(?<![\w/.'-])({'|'.join(options)})(= ?|(?![\w/.'-]))", option, text)
+    return options.in_options(text, names)
 
 
 def _number_or_text(text: str) -> float | str:
@@ -194,12 +187,14 @@ def _end_of(result: "TrainingResult") -> str:
     already = ", as it was before" if result.went_on_from == result.steps else ""
     return (
         f"{result.steps} steps, loss {loss:.3f} nats per token{already}; the model, loss.png and "
-        f"checkpoints are in {result.folder}"
+        f"checkpoints are in {printable(str(result.folder))}"
     )
 
 
 def clear_cache(
-    folder: Annotated[Path | None, typer.Argument(help="Where they are, if elsewhere.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="Where they are, if elsewhere.")
+    ] = None,
 ) -> None:
     """Remove the token ids that `train` has kept.
 
@@ -211,6 +206,5 @@ def clear_cache(
         raise ValueError(f"there is no folder {folder}; give the one with the token ids, or none")
     place = folder or corpus.CACHE
     removed = corpus.clear_cache(place)
-    typer.echo(
-        f"removed {removed / 1e6:,.1f} MB from {place}" if removed else f"{place} holds none"
-    )
+    shown, size = printable(str(place)), f"{removed / 1e6:,.1f} MB"
+    typer.echo(f"removed {size} from {shown}" if removed else f"{shown} holds no token ids")

@@ -46,7 +46,7 @@ class Writer:
         for number in range(self.samples):
             if self.samples > 1 and not self.as_json:
                 Console().rule(f"{number + 1} of {self.samples}", style="none")
-            self.write(ids, prompt, prompt, self.seed + number, [])
+            self.write(ids, prompt, prompt, (self.seed + number) % 2**32, [])
 
     def write(
         self, ids: list[int], prompt: str, beginning: str, seed: int, pieces: list[str]
@@ -91,7 +91,7 @@ def answer_terminal(writer: Writer) -> None:
     _notice(f"{what}; Ctrl-C stops a text, Ctrl-D ends")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what comes after is an error again
     for number, line in enumerate(_typed()):
-        once = replace(writer, seed=writer.seed + number * writer.samples)
+        once = replace(writer, seed=(writer.seed + number * writer.samples) % 2**32)
         with _stopped_by_ctrl_c():
             if talk is None:
                 once.answer(line)

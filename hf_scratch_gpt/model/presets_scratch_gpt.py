@@ -70,8 +70,9 @@ def find_preset(name: str) -> dict[str, Any]:
     preset = known.get(name.lower())
     if preset is None:
         nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-        names = [known[key] for key in nearest] or list(PRESETS)
-        raise ValueError(f"no preset is called {name!r}; did you mean {' or '.join(names)}?")
+        hint = f"did you mean {' or '.join(known[key] for key in nearest)}?"
+        hint = hint if nearest else f"give one of {', '.join(PRESETS)}"
+        raise ValueError(f"no preset is called {name!r}; {hint}")
     return {**_COMMON, **PRESETS[PRESET_ALIASES.get(preset, preset)]}
 
 

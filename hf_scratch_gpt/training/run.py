@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..files import without_progress_bars
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
+from ..writing import encode
 from . import adapters, setup
 from . import run_folder as runs
 from .blocks import Blocks
@@ -134,12 +135,14 @@ def train(
     encoder = copy.copy(chosen)
     config, trained = setup.load_start(model, encoder, overrides)
     if lora is not None and trained is None:
-        raise ValueError(f"lora={lora} adapts pretrained weights; give those of a saved model")
-    if sample_steps <= 0:
+        raise ValueError("LoRA adapts pretrained weights; give those of a saved model")
+    if not sample_steps > 0:
         raise ValueError(f"sample_steps={sample_steps} is not above 0; give steps, or a part of 1")
     if merge_lora and lora is None:
-        raise ValueError("merge_lora=True merges the adapter of lora=; give both")
+        raise ValueError("merge_lora merges the adapter that lora trains; give both")
     encoder.model_max_length = min(encoder.model_max_length, config.max_position_embeddings)
+    if sample_prompt:
+        encode(encoder, sample_prompt)  # it may have characters that the vocabulary lacks
     size = setup.checked_block_size(block_size, config)
     arguments = setup.make_arguments(folder, trained is None, bool(validation), training_arguments)
     record = setup.on_first_process(arguments, lambda: runs.read_record(folder))
@@ -167,11 +170,12 @@ def train(
         return TrainingResult(folder, steps, state.log_history, False, went_on_from=steps)
     arguments.disable_tqdm |= progress is not None
     set_seed(arguments.seed)
-    model = ScratchGPTForCausalLM(config) if trained is None else trained
-    if lora is not None:
-        model, arguments.label_names = adapters.with_adapter(model, lora), ["labels"]
-    trainer = make_trainer(model, encoder, arguments, blocks, held_out, callbacks)
-    total = setup.resolve_steps(trainer)
+    with runs.withdrawn_on_error(folder, record is None):
+        model = ScratchGPTForCausalLM(config) if trained is None else trained
+        if lora is not None:
+            model, arguments.label_names = adapters.with_adapter(model, lora), ["labels"]
+        trainer = make_trainer(model, encoder, arguments, blocks, held_out, callbacks)
+        total = setup.resolve_steps(trainer)
     begun = runs.step_of(checkpoint)
     if checkpoint is not None:
         setup.on_first_process(arguments, lambda: runs.take_rhythm(checkpoint, arguments))

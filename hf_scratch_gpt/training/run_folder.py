@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..files import new_file
+from ..files import new_file, refuse_file
 from .blocks import Blocks
 from .corpus import fingerprint
 
@@ -90,6 +92,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of the run in `folder`; None if new, a ValueError if it holds other files."""
+    refuse_file(folder)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if isinstance(record, dict):
@@ -134,6 +137,17 @@ def enter(folder: Path, run: dict[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 30 else f"{text[:12]}...{text[-5:]}"
+
+
+@contextmanager
+def withdrawn_on_error(folder: Path, is_new: bool) -> Iterator[None]:
+    """Take back what `enter` has written of a new run if it cannot begin: another may be right."""
+    try:
+        yield
+    except Exception:
+        if is_new:
+            (folder / RECORD).unlink(missing_ok=True)
+        raise
 
 
 def read_state(folder: Path) -> TrainerState | None:

@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -54,6 +55,18 @@ DEFAULTS: dict[str, Any] = dict(
     ddp_find_unused_parameters=False,  # all are used, and the search takes time
 )
 
+
+# Numbers that transformers takes without a look: the least and the most that each may be.
+_RANGES: dict[str, tuple[float, float]] = {
+    "num_train_epochs": (1e-6, 1e6),
+    "max_steps": (1, 1e9),
+    "per_device_train_batch_size": (1, 2**20),
+    "per_device_eval_batch_size": (1, 2**20),
+    "gradient_accumulation_steps": (1, 2**20),
+    "learning_rate": (0, 1e3),
+    "weight_decay": (0, 1e3),
+    "seed": (0, 2**32 - 1),
+}
 
 # The sizes of a model of which nothing is said, which two cores train in minutes.
 SMALL: dict[str, int] = dict(
@@ -195,7 +208,17 @@ def make_arguments(
     validates: bool,
     given: Mapping[str, Any],
 ) -> TrainingArguments:
-    """`given` over our defaults over those of `TrainingArguments`."""
+    """`given`, after a look at its numbers, over our defaults over those of `TrainingArguments`."""
+    if given.get("resume_from_checkpoint") is not None:
+        raise ValueError(
+            "resume_from_checkpoint is not needed: the same call goes on from the last"
+        )
+    for name, (least, most) in _RANGES.items():
+        value = given.get(name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(
+                f"{name}={value} is not between {least:g} and {most:,.0f}; give another"
+            )
     defaults = {**DEFAULTS, "eval_strategy": "steps" if validates else "no"}
     if is_fresh:
         # GPT-3's for its smallest model (table 2.1); a trained model goes on at the slower rate of
@@ -243,7 +266,7 @@ def resolve_steps(trainer: Trainer) -> int:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(re.sub(r"^argument (--\w+/)?", "", message))  # the name with underscores
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def find(sources: Sources) -> list[Any]:
         elif path.is_file():
             if path.suffix.lower() not in SUFFIXES:
                 raise ValueError(
-                    f"{path} ends in {path.suffix!r}, but a file to train on ends in "
+                    f"{path} ends in {path.suffix!r}, but a file of texts ends in "
                     f"{' or '.join(SUFFIXES)}; rename it to say what it holds"
                 )
             found.append(path)
@@ -88,7 +88,8 @@ def _load_dataset(source: str) -> Any:
     name, _, configuration = source.partition(":")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
     if looks_like_path or Path(source).suffix.lower() in SUFFIXES:
-        raise ValueError(f"{source!r} does not exist; name a file, a folder or a data set")
+        what = "is neither a file nor a folder" if os.path.lexists(source) else "does not exist"
+        raise ValueError(f"{source!r} {what}; name a file, a folder or a data set")
     try:
         import datasets  # type: ignore[import-untyped]  # it has no stubs
     except ImportError:

@@ -25,6 +25,7 @@ _GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
 # A BPE vocabulary is counted on so many bytes at most, spread evenly over the texts.
 _COUNTED = 1 << 24
 _SMALLEST, _LARGEST = 512, 8192
+_MOST = 1_000_000
 _BYTES = 256  # tokens that every byte-level vocabulary has, beside the end of a text
 
 
@@ -58,17 +59,17 @@ def make_vocabulary(
         on_notice: is called with a line that says what was made.
 
     Raises:
-        ValueError: the size is not a number from 257 on, or a source is missing or bad.
+        ValueError: the size is not a number from 257 to a million, or a source is missing or bad.
     """
     found = find(sources)
     size = sum(map(size_of, found))
     if recipe == "bpe":
         recipe = f"bpe:{_fitting_size(size)}"
     kind, _, tokens = recipe.partition(":")
-    if kind == "bpe" and not (tokens.isdecimal() and int(tokens) > _BYTES):
+    if kind == "bpe" and not (tokens.isdecimal() and _BYTES < int(tokens) <= _MOST):
         raise ValueError(
             f"tokenizer={recipe} does not name a size; give a number above {_BYTES}, the bytes, "
-            "such as bpe:4096"
+            f"and at most {_MOST:,}, such as bpe:4096"
         )
     key = json.dumps([recipe, text_field, places_of(found)], default=str)
     folder = CACHE if cache_dir is None else Path(cache_dir)

@@ -192,7 +192,7 @@ def test_a_model_of_others_is_written_with(tmp_path, tiny_tokenizer, run, assert
     ("arguments", "message"),
     [
         ([""], "the prompt '' has 0 tokens"),
-        (["Hello", "--weights", "int3"], "'int3'"),
+        (["Hello", "--weights", "int8", "--temperature", "1e-9"], "--temperature 1e-09 is too low"),
         (["Hello", "--plain", "--fast"], "--plain turns off what --fast"),
         (["Hello", "--plain", "--weights", "int8"], "--plain turns off what --fast"),
     ],

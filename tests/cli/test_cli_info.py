@@ -105,12 +105,12 @@ def test_folders_of_our_models_and_of_gpt2_are_read(fixture, run, request):
         (["a/b/c"], r"no folder a/b/c"),
         (["./absent"], r"no folder ./absent"),
         (["/absent/too"], r"no folder /absent/too"),
-        (["gpt2", "--n-head", 7], r"num_attention_heads=7"),
-        (["gpt2", "--n-layer", 0], r"num_hidden_layers=0 is below 1"),
-        (["gpt2", "--length", 1025], r"length=1025.*1024 positions"),
-        (["gpt2", "--batch-size", 0], r"batch_size=0.*below 1"),
+        (["gpt2", "--n-head", 7], r"--n-embd 768 .* --n-head 7"),
+        (["gpt2", "--n-layer", 0], r"--n-layer 0 is below 1"),
+        (["gpt2", "--length", 1025], r"--length 1025.*1024 positions"),
+        (["gpt2", "--batch-size", 0], r"--batch-size 0.*below 1"),
         (["gpt2", "--tokens", "1e9"], r"--flops.*both or neither"),
-        (["gpt2", "--tokens", "1e9", "--flops", "-1"], r"flops_per_second=-1.0"),
+        (["gpt2", "--tokens", "1e9", "--flops", "-1"], r"--flops -1.0"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, message, run):

@@ -81,14 +81,28 @@ def test_errors_are_in_words_of_the_command_line(text, tmp_path, assert_refused)
         ),
         ("'gpt5' is not a folder, not owner/name on the Hub", "--init-from", "gpt5"),
         ("--n-layer cannot change the sizes of pretrained", "--init-from", "gpt2", "--n-layer", 2),
-        ("--lora 8 adapts pretrained weights", "--lora"),
+        ("LoRA adapts pretrained weights", "--lora"),
+        ("--lora-merge merges the adapter that lora trains", "--lora-merge"),
         ("--tokenizer bpe:x does not name a size", "--tokenizer", "bpe:x"),
         ("--validation 7.0 is not a part of the blocks", "--validation", 7),
         ("--sample-steps -1.0 is not above 0", "--sample-steps", -1),
         ("did you mean gpt3-xl", "--preset", "gpt3-xll"),
+        ("--n-layer and --n-head cannot change", "--init-from", "x", "--n-layer", 2, "--n-head", 1),
+        ("--num-train-epochs nan is not between 1e-06 and 1,000,000", "--epochs", "nan"),
+        ("--per-device-train-batch-size 0 is not between 1 and", "--batch-size", 0),
+        ("--learning-rate nan is not between 0 and 1,000", "--lr", "nan"),
+        ("--max-steps -7 is not between 1 and", "--max-steps", -7),
+        ("error: --max-steps: invalid int value: '1e3'", "--max-steps", "1e3"),
+        ("--sample-steps nan is not above 0", "--sample-steps", "nan"),
+        ("no token is '語'", "--tokenizer", "char", "--sample-prompt", "語"),
+        ("--tokenizer bpe:99999999999 does not name a size", "--tokenizer", "bpe:99999999999"),
+        ("--resume-from-checkpoint is not needed", "--resume-from-checkpoint", "x"),
     ]:
         assert_refused(message, *arguments, *options)
         assert not (tmp_path / "run").exists()
+    # What is found out later leaves the folder to the next try, too.
+    assert_refused("nothing is not supported", *arguments, "--report-to", "nothing")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_preset_is_not_a_folder_of_its_name(text, tmp_path, run, monkeypatch):

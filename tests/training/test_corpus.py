@@ -112,7 +112,7 @@ BAD_FILES = {
     "deep.jsonl": (b"[" * 100_000, r"deep\.jsonl, line 1 is nested too deeply"),
     "nothing.jsonl": (b'\n{"text": ""}\n', r"nothing\.jsonl is empty"),
     "bad.parquet": (b"PAR1 but no more", r"bad\.parquet is damaged, or is not a Parquet file"),
-    "table.csv": (b"a,b", r"table\.csv ends in '\.csv', but a file to train on ends in \.txt or "),
+    "table.csv": (b"a,b", r"table\.csv ends in '\.csv', but a file of texts ends in \.txt or "),
 }
 
 

@@ -173,7 +173,9 @@ def test_an_adapter_killed_at_the_end_is_finished(run, tmp_path):
 
 
 def test_an_adapter_needs_weights(run):
-    with pytest.raises(ValueError, match="lora=4 adapts pretrained weights"):
+    with pytest.raises(ValueError, match="LoRA adapts pretrained weights"):
         run(lora=4)
-    with pytest.raises(ValueError, match="merges the adapter of lora=; give both"):
+    with pytest.raises(
+        ValueError, match="merge_lora merges the adapter that lora trains; give both"
+    ):
         run(merge_lora=True)

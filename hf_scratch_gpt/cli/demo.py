@@ -15,6 +15,9 @@ def demo(
     It learns from Python's own manual and docstrings, without a network. Started again, it goes on
     from where it was stopped.
     """
+    from ..files import without_progress_bars
     from .demo_run import run_demo
 
-    run_demo(out, Console(highlight=False, markup=False))
+    with without_progress_bars():  # all of it is seconds, but the training, which has its own
+        if not run_demo(out, Console(highlight=False, markup=False)):
+            raise typer.Exit(130)  # as of Ctrl-C elsewhere

@@ -35,7 +35,8 @@ from .progress import TerminalProgress
 
 VOCABULARY = 384
 # About 0.5M parameters. So small a model learns most in a given time by many small steps; two
-# blocks, a head of its own and large first weights get further in them.
+# blocks, a head of its own and large first weights get further in them, and so does a learning rate
+# that rises for a fifth of the steps and then falls in a line.
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=128,
@@ -46,11 +47,13 @@ SIZES: dict[str, Any] = dict(
     drop_rate=0.0,
     initializer_range=0.1,
 )
-STEPS = 2400
+STEPS = 1600
 TRAINING: dict[str, Any] = dict(
     per_device_train_batch_size=4,
     per_device_eval_batch_size=64,
     learning_rate=4e-3,
+    lr_scheduler_type="linear",
+    warmup_steps=0.2,
     adam_beta2=0.98,
     max_steps=STEPS,
     eval_steps=STEPS // 10,
@@ -58,8 +61,9 @@ TRAINING: dict[str, Any] = dict(
     logging_steps=50,
 )
 VALIDATION = 0.02
+_CONVERTED = "openai-tiny"  # the folder in which the bundled GPT-2 is converted, at first
 PROMPT = "The for statement is used to"
-SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=0.6, top_k=40)
+SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=0.5, top_k=40)
 
 _CODE = """\
 from transformers import pipeline
@@ -67,8 +71,11 @@ write = pipeline("text-generation", {folder!r}, trust_remote_code=True)
 print(write({prompt!r}, max_new_tokens=40)[0]["generated_text"])"""
 
 
-def run_demo(folder: Path, console: Console) -> None:
+def run_demo(folder: Path, console: Console) -> bool:
     """Convert the bundled GPT-2, train a small GPT in `folder`, and let it write.
+
+    Returns:
+        Whether it came to its end; after Ctrl-C it goes on another time.
 
     Raises:
         ValueError: `folder` holds something else.
@@ -76,8 +83,7 @@ def run_demo(folder: Path, console: Console) -> None:
     """
     check_installed()
     folder = folder.expanduser().resolve()
-    refuse_file(folder)
-    difference = convert_bundled(folder / "openai-tiny")
+    difference = convert_bundled(_own(folder) / _CONVERTED)
     console.print(
         "A tiny GPT-2 in OpenAI's format is converted; its logits differ from those of OpenAI's "
         f"own code by {difference:.0e} at most"
@@ -91,9 +97,20 @@ def run_demo(folder: Path, console: Console) -> None:
         f"{training.file.tokens:,} tokens of a vocabulary of {len(tokenizer):,}"
     )
     bigram = bigram_loss(training, validation, VOCABULARY)
-    if _train(folder, files, tokenizer, bigram, console):
-        _show_writing(folder / "model", console)
-        _show_what_is_next(folder, console)
+    if not _train(folder, files, tokenizer, bigram, console):
+        return False
+    _show_writing(folder / "model", console)
+    _show_what_is_next(folder, console)
+    return True
+
+
+def _own(folder: Path) -> Path:
+    """`folder`, if it is new, empty or that of a demonstration; else a ValueError."""
+    refuse_file(folder)
+    is_known = not folder.exists() or (folder / _CONVERTED).is_dir()
+    if not is_known and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds files of others; choose another folder for --out")
+    return folder
 
 
 def _blocks(file: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Blocks:

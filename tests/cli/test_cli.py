@@ -65,7 +65,7 @@ def test_train_with_flags_of_the_trainer(model_folder, tmp_path, run, assert_ref
     code, out, _ = run("clear-cache", file.parent)
     assert (code, file.exists()) == (0, False)
     assert re.fullmatch(rf"removed \d+\.\d MB from {re.escape(str(file.parent))}\n", out)
-    assert run("clear-cache", file.parent)[1] == f"{file.parent} holds none\n"
+    assert run("clear-cache", file.parent)[1] == f"{file.parent} holds no token ids\n"
 
 
 def test_train_refuses_bad_choices(model_folder, tmp_path, assert_refused):
@@ -135,6 +135,11 @@ def test_demo_begins_by_asking_for_what_it_needs(tmp_path, monkeypatch, run):
     assert (code, out) == (1, "")
     assert "pip install 'hf_scratch_gpt[train]'" in error
     assert not (tmp_path / "demo").exists()
+
+
+def test_a_demo_that_is_stopped_ends_as_ctrl_c_does(monkeypatch, run):
+    monkeypatch.setattr(demo, "run_demo", lambda *_: False)
+    assert run("demo")[0] == 130
 
 
 def test_convert_verify_and_export_are_commands_too(openai_tiny, tmp_path, run):

@@ -51,6 +51,7 @@ def test_what_would_hold_a_folder_may_not_be_a_file(
             ["train", file, "--tokenizer", "char", "--output-dir", place],
         ):
             assert_refused(f"{file} is a file; choose another folder", *command)
+    assert_refused("holds files of others", "demo", "--out", tmp_path)
     for name in ("info", "generate"):
         assert_refused("is a file; give the folder of a saved model", name, file)
 

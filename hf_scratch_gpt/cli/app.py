@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ..messages import is_told, one_line
 from .conversion import convert, export, verify
 from .demo import demo
 from .evaluate import evaluate
@@ -85,9 +86,7 @@ def _told_in_a_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from ..messages import TOLD, one_line  # which takes a tenth of a second
-
-        if not isinstance(error, TOLD):
+        if not is_told(error):
             raise
         line = f"error: {one_line(error)}"
         Console(stderr=True, markup=False, highlight=False).print(line, soft_wrap=True)

@@ -82,8 +82,7 @@ def convert(
     as_type = getattr(torch, dtype) if dtype else None
     with _stoppable():
         opened = _open(source, kind, tokenizer, num_heads, preset, activation)
-        with Console(stderr=True).status("Converting"):
-            report = make(opened, folder, as_type, max_shard_size, not no_verify, overwrite)
+        report = make(opened, folder, as_type, max_shard_size, not no_verify, overwrite)
     _show(report)
 
 
@@ -100,7 +99,7 @@ def export(
     from ..files import destination
 
     folder = destination(out, overwrite, [source])
-    with _stoppable(), Console(stderr=True).status("Exporting"):
+    with _stoppable():
         report = make(Path(source), folder, overwrite)
     _show(report)
 

@@ -15,9 +15,11 @@ def demo(
     It learns from Python's own manual and docstrings, without a network. Started again, it goes on
     from where it was stopped.
     """
-    from ..files import without_progress_bars
-    from .demo_run import run_demo
+    console = Console(highlight=False, markup=False)
+    with console.status("Loading PyTorch and transformers"):
+        from ..files import without_progress_bars
+        from .demo_run import run_demo
 
     with without_progress_bars():  # all of it is seconds, but the training, which has its own
-        if not run_demo(out, Console(highlight=False, markup=False)):
+        if not run_demo(out, console):
             raise typer.Exit(130)  # as of Ctrl-C elsewhere

@@ -21,14 +21,27 @@ def generate(
             "for in a terminal, and else read from standard input, one a line.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Choose among so many; 0 for all.")] = 40,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Choose among so probable.")] = 1.0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens to write at most.")
+    ] = 200,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="N", help="0 takes the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Choose among so many; 0 for all.")
+    ] = 40,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, metavar="N", help="Choose among so probable.")
+    ] = 1.0,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="The same seed writes the same texts.")
+        int,
+        typer.Option(
+            min=0, max=2**32 - 1, metavar="N", help="The same seed writes the same texts."
+        ),
     ] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="How many texts to write of a prompt.")] = 1,
+    samples: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many texts to write of a prompt.")
+    ] = 1,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="A JSON object a text: with its ids and log-probabilities."),

@@ -21,6 +21,7 @@ def new(
 
     folder = printable(str(new_package(name, out, overwrite)))
     typer.echo(
-        f"{folder}: the package {name}, with {class_name(name)}ForCausalLM; there, try "
-        f"`pip install -e '.[test]' && pytest`, and change {name}/blocks_{name}.py"
+        f"{folder} holds the package {name}, with {class_name(name)}ForCausalLM\n"
+        f"Try there: pip install -e '.[test]' && pytest\n"
+        f"Then change {name}/blocks_{name}.py"
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import sizing
+from ..messages import printable
 from ..model.presets_scratch_gpt import PRESET_ALIASES, PRESETS
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _table(summaries: dict[str, Summary]) -> Table:
     for _ in range(3):
         table.add_column()
     for name in summaries:
-        table.add_column(name, justify="right", overflow="fold", max_width=_NAME_WIDTH)
+        table.add_column(printable(name), justify="right", overflow="fold", max_width=_NAME_WIDTH)
     for part in next(iter(summaries.values())):
         title, units, labels = _ROWS[part]
         columns = [summary[part] for summary in summaries.values()]

@@ -46,8 +46,8 @@ def train(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id; or made of the texts: char, bpe, or bpe:4096.  [default: that "
-            "of the weights; GPT-2's if it is on this machine, else bpe]",
+            help="Folder or Hub id; or made of the texts: char, bpe, or bpe:4096. If not given, "
+            "that of the weights; else GPT-2's if it is on this machine, else bpe.",
         ),
     ] = None,
     n_layer: Annotated[int | None, typer.Option(help="Blocks of fresh weights.")] = None,
@@ -108,7 +108,7 @@ def train(
             sample_steps=sample_steps,
             lora=lora_r if lora else None,
             merge_lora=lora_merge,
-            on_sample=lambda step, text: told.print(f"step {step} writes: {text}"),
+            on_sample=partial(_tell_sample, told),
             on_notice=partial(told.print, soft_wrap=True),
             progress=TerminalProgress(told),
             **_with_shortcuts(flags, shortcuts),
@@ -122,6 +122,10 @@ def train(
         typer.echo(_end_of(result), err=result.interrupted)
     if result.interrupted:
         raise typer.Exit(130)  # as of Ctrl-C elsewhere
+
+
+def _tell_sample(told: Console, step: int, text: str) -> None:
+    told.print(f"step {step} writes: {printable(' '.join(text.split()))}", soft_wrap=True)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -48,14 +48,12 @@ def with_adapter(model: PreTrainedModel, rank: int) -> Any:
     folder = Path(model.name_or_path)
     with _peft() as peft:
         adapter = peft.LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=_ADAPTED,
-            task_type="CAUSAL_LM",
-            # The adapter may be loaded from any folder.
-            base_model_name_or_path=str(folder.resolve() if folder.is_dir() else folder),
+            r=rank, lora_alpha=2 * rank, target_modules=_ADAPTED, task_type="CAUSAL_LM"
         )
-        return peft.get_peft_model(model, adapter)
+        adapted = peft.get_peft_model(model, adapter)
+    if folder.is_dir():  # the adapter may be loaded from any other
+        adapter.base_model_name_or_path = str(folder.resolve())
+    return adapted
 
 
 def copy_adapter(source: str, folder: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_text_is_enough(text, tmp_path, run):
     assert out.startswith("To be")
 
 
-def test_sizes_and_training_as_people_write_them(text, tmp_path, run):
+def test_sizes_and_training_as_people_write_them(text, tmp_path, run, monkeypatch):
     sizes = ["--n-layer", 2, "--n-head", 2, "--n-embd", 32, "--block-size", 16]
     training = ["--lr", 0.01, "--batch-size", 4, "--max-steps", 3, "--weight-decay", 0]
     arguments = ["train", *training, text, "--tokenizer", "char", *sizes]
@@ -51,12 +51,16 @@ def test_sizes_and_training_as_people_write_them(text, tmp_path, run):
     names = ("learning_rate", "batch_size", "max_steps", "weight_decay", "block_size")
     assert [record[name] for name in names] == [0.01, 4, 3, 0, 16]
     # Pretrained weights, with and without an adapter.
-    more = ["train", text, "--init-from", tmp_path / "run", "--max-steps", 1, "--output-dir"]
+    monkeypatch.chdir(tmp_path)
+    more = ["train", text, "--init-from", "run", "--max-steps", 1, "--output-dir"]
     for name, options in {"more": [], "adapter": ["--lora"]}.items():
         code, _, error = run(*more, tmp_path / name, *options)
         assert code == 0, error
         code, _, error = run("generate", tmp_path / name, "To be", "--temperature", 0, "--plain")
         assert code == 0, error
+    # From anywhere, an adapter finds the weights that it belongs to.
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "run")
 
 
 def test_errors_are_in_words_of_the_command_line(text, tmp_path, assert_refused):

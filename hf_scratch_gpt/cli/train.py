@@ -118,6 +118,10 @@ def train(
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    _tell_end(result)
+
+
+def _tell_end(result: "TrainingResult") -> None:
     if os.environ.get("RANK", "0") == "0":
         typer.echo(_end_of(result), err=result.interrupted)
     if result.interrupted:

@@ -102,6 +102,13 @@ def test_json_holds_text_ids_and_logprobs(prompt, gpt2, tiny_tokenizer, run):
     assert f"did not fit the window of {WINDOW}" in error
 
 
+def test_after_the_last_seed_comes_the_first(gpt2, run):
+    arguments = ["generate", gpt2, "Hello", "--json", "--max-new-tokens", 1, "--plain"]
+    code, out, error = run(*arguments, "--seed", 2**32 - 1, "--samples", 2)
+    assert code == 0, error
+    assert [json.loads(line)["seed"] for line in out.splitlines()] == [2**32 - 1, 0]
+
+
 def test_a_pipe_holds_a_prompt_a_line(gpt2, run, piped):
     piped("Hello\n\nA line\r\n")
     code, out, _ = run("generate", gpt2, "--json", "--max-new-tokens", 2)

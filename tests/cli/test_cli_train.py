@@ -1,9 +1,15 @@
 """`train`, as somebody who has a text and nothing else calls it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_scratch_gpt.cli.train import in_options
@@ -107,6 +113,29 @@ def test_errors_are_in_words_of_the_command_line(text, tmp_path, assert_refused)
     # What is found out later leaves the folder to the next try, too.
     assert_refused("nothing is not supported", *arguments, "--report-to", "nothing")
     assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("tokenizer", [[], ["--tokenizer", "char"]])
+def test_a_killed_training_ends_with_the_same_weights(tokenizer, text, tmp_path, run):
+    sizes = ["--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--block-size", 16]
+    command = ["train", text, *sizes, *tokenizer, "--max-steps", 60, "--save-steps", 5]
+    command += ["--output-dir"]
+    assert run(*command, tmp_path / "whole")[0] == 0
+    killed = tmp_path / "killed"
+    program = [sys.executable, "-m", "hf_scratch_gpt", *map(str, command), str(killed)]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    with subprocess.Popen(program, env=environment, stderr=subprocess.DEVNULL) as process:
+        while not (killed / "checkpoint-5" / "trainer_state.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert not (killed / "model.safetensors").exists()
+    code, _, error = run(*command, killed)
+    assert code == 0, error
+    assert "of them done" in error
+    wanted, weights = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "killed"))
+    torch.testing.assert_close(weights, wanted, atol=1e-6, rtol=0)
 
 
 def test_a_preset_is_not_a_folder_of_its_name(text, tmp_path, run, monkeypatch):

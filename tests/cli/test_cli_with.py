@@ -96,6 +96,8 @@ def test_a_tool_that_is_not_there_is_named(name, assert_refused, tmp_path, monke
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     assert_refused(f"{name!r} is not a command, a module or a file", "with", name, "--help")
+    remedy = "pip install no_such_tool" if name == "no_such_tool" else "give another"
+    assert_refused(remedy, "with", name)
 
 
 @pytest.mark.long

@@ -56,6 +56,14 @@ def test_what_would_hold_a_folder_may_not_be_a_file(
         assert_refused("is a file; give the folder of a saved model", name, file)
 
 
+def test_files_of_a_negative_size_are_refused(openai_tiny, tmp_path, assert_refused):
+    assert_refused(
+        "'-1GB' is not a size of a file",
+        *("convert", openai_tiny, tmp_path / "out", "--max-shard-size", "-1GB"),
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_address_that_is_taken_is_told_before_the_model_is_loaded(run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

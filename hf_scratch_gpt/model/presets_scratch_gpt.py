@@ -69,9 +69,10 @@ def find_preset(name: str) -> dict[str, Any]:
     known = {key.lower(): key for key in (*PRESETS, *PRESET_ALIASES)}
     preset = known.get(name.lower())
     if preset is None:
-        nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(known[key] for key in nearest)}?"
-        hint = hint if nearest else f"give one of {', '.join(PRESETS)}"
+        nearest = [known[key] for key in difflib.get_close_matches(name.lower(), known, 3, 0.5)]
+        hint = (
+            f"did you mean {' or '.join(nearest)}?" if nearest else f"they are {', '.join(PRESETS)}"
+        )
         raise ValueError(f"no preset is called {name!r}; {hint}")
     return {**_COMMON, **PRESETS[PRESET_ALIASES.get(preset, preset)]}
 

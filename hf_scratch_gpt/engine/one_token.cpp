@@ -9,7 +9,7 @@
 
 #include <limits>
 
-#include "panels.h"
+#include "preparing.h"
 
 namespace {
 
@@ -26,14 +26,6 @@ struct Block {
   void *keys, *values;  // (B, H, room, D)
   float scaling;
   bool tanh;  // GELU's form
-};
-
-// The head in int8, less the mean of its rows. More than `most` rows of the head do not pay; if
-// that is 0, there is no rough head.
-struct Rough {
-  Product product;
-  const float *errors, *lengths;  // (V)
-  int64_t most;
 };
 
 // Its place among all texts, and its first token's among those that are padded on the left.
@@ -126,7 +118,7 @@ template <typename W>
 bool find_best(const Rough& rough, const Product& head, const std::vector<float>& x, int64_t way,
                float* scores, Found& found) {
   if (!rough.most) return false;
-  const Input<int8_t> integers(x);
+  const Input<int8_t> integers(x.data(), x.size());
   double squares = 0, squares_off = 0;  // those of floats may be too small for a float
   for (size_t i = 0; i < x.size(); i++) {
     const double error = x[i] - integers.x[i] * double(integers.scale);
@@ -155,7 +147,7 @@ bool find_best(const Rough& rough, const Product& head, const std::vector<float>
   found.count += own.count;
 #pragma omp barrier
   if (!std::isfinite(found.lower) || found.count > rough.most) return false;
-  const Input<W> exact(x);
+  const Input<W> exact(x.data(), x.size());
   for (int64_t row = start; row < end; row++) {
     if (!may_be_best(row)) continue;
     float y;
@@ -184,10 +176,10 @@ int64_t run(const Model& model, int64_t position, const float* embedded, float* 
   };
   const auto multiply_all = [&](const Product& product, const std::vector<float>& x, auto use) {
     if (count > 1)
-      multiply_many<std::conditional_t<std::is_same_v<W, float>, float, BFloat16>>(
-          product, x.data(), count, use);
+      multiply_many<W>(product, x.data(), count, use);
     else
-      multiply(product, Input<W>(x), model.way, [&](int64_t row, float y) { use(row, 0, y); });
+      multiply(product, Input<W>(x.data(), x.size()), model.way,
+               [&](int64_t row, float y) { use(row, 0, y); });
   };
   const auto add = [&](int64_t row, int64_t text, float y) { hidden[text * hidden_size + row] += y; };
   const auto normalize_all = [&](const Norm& norm) {
@@ -254,13 +246,13 @@ extern "C" int64_t step(const Model* model, int64_t position, const float* embed
 // One product by itself, to see how fast its matrix is read.
 extern "C" int64_t product(const Product* product, int64_t way, const float* x, float* y,
                            int threads) {
-  const std::vector<float> numbers(x, x + product->columns);
+  const int64_t columns = product->columns;
   const auto use = [&](int64_t row, float sum) { y[row] = sum; };
 #pragma omp parallel num_threads(threads)
   switch (product->type) {
-    case kFloat32: multiply(*product, Input<float>(numbers), way, use); break;
-    case kBFloat16: multiply(*product, Input<BFloat16>(numbers), way, use); break;
-    case kInt8: multiply(*product, Input<int8_t>(numbers), way, use); break;
+    case kFloat32: multiply(*product, Input<float>(x, columns), way, use); break;
+    case kBFloat16: multiply(*product, Input<BFloat16>(x, columns), way, use); break;
+    case kInt8: multiply(*product, Input<int8_t>(x, columns), way, use); break;
   }
   return 0;
 }
@@ -277,10 +269,13 @@ extern "C" int64_t layer(const Layer* layer, int64_t, const float* x, float* y, 
   const auto use = [&](int64_t row, int64_t vector, float sum) {
     y[vector * product.rows + row] = layer->has_gelu ? gelu(sum, layer->tanh) : sum;
   };
-  const bool is_float = product.type == kFloat32;
-  const auto multiply = is_float ? multiply_many<float, decltype(use)> : multiply_many<BFloat16, decltype(use)>;
 #pragma omp parallel num_threads(threads)
-  multiply(product, x, layer->count, use);
+  switch (product.type) {
+    case kFloat32: multiply_many<float>(product, x, layer->count, use); break;
+    case kBFloat16: multiply_many<BFloat16>(product, x, layer->count, use); break;
+    case kInt8: multiply_many<int8_t>(product, x, layer->count, use); break;
+  }
   return 0;
 }
+
 extern "C" int64_t panel_size() { return kPanel; }

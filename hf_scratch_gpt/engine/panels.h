@@ -51,9 +51,15 @@ struct Panel<int8_t> {
   static constexpr int64_t kColumns = 2;
 
   static Pairs load(const int8_t* place) {
-    int8_t numbers __attribute__((vector_size(2 * kVector)));
-    std::memcpy(&numbers, place, sizeof numbers);
-    return __builtin_convertvector(numbers, Pairs);
+#if defined(__AVX512BW__)
+    return Pairs(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)place)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return Pairs(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)place)));
+#else
+    Pairs result;
+    for (int i = 0; i < 2 * kVector; i++) result[i] = place[i];
+    return result;
+#endif
   }
   static void add(Sums& sums, const Pairs& weights, int32_t x) {
 #if defined(__AVX512BW__)
@@ -126,7 +132,8 @@ void tile_of(int64_t vectors, Rest... rest) {
   if constexpr (N > 1) tile_of<N - 1>(vectors, rest...);
 }
 
-// Hand some rows of W x + bias, of each of the vectors in x, to `use`, those of this thread.
+// Hand some rows of W x + bias, of each of the vectors in x, to `use`, those of this thread: the
+// vector's number, and from which row on how many sums there are.
 template <typename W, typename Use>
 void multiply_many(const Product& product, const float* x, int64_t vectors, Use use) {
   constexpr int64_t kColumns = Panel<W>::kColumns;
@@ -144,13 +151,17 @@ void multiply_many(const Product& product, const float* x, int64_t vectors, Use 
       typename Panel<W>::Number y[kTall * kPanel];
       tile_of<kTall>(number, place, steps, inputs.at(first), next, groups, y);
       const int64_t row = panel * kPanel, rows = std::min(kPanel, product.rows - row);
-      for (int64_t n = 0; n < number; n++)
-        for (int64_t j = 0; j < rows; j++) {
-          const float scale = product.scale ? product.scale[row + j] : 1;
-          const float bias = product.bias ? product.bias[row + j] : 0;
-          const float sum = y[n * kPanel + j] * inputs.scale(first + n);
-          use(row + j, block + first + n, sum * scale + bias);
-        }
+      float scales[kPanel], biases[kPanel];
+      for (int64_t j = 0; j < rows; j++) {
+        scales[j] = product.scale ? product.scale[row + j] : 1;
+        biases[j] = product.bias ? product.bias[row + j] : 0;
+      }
+      for (int64_t n = 0; n < number; n++) {
+        const float scale = inputs.scale(first + n);
+        float sums[kPanel];
+        for (int64_t j = 0; j < kPanel; j++) sums[j] = y[n * kPanel + j] * scale * scales[j] + biases[j];
+        use(block + first + n, row, sums, rows);
+      }
     }
   }
 }

@@ -101,14 +101,14 @@ struct Input<int8_t> {
 
   Input(const float* exact, int64_t count) : x(count) {
     float largest = 0;
-    bool is_finite = true;
-#pragma omp simd reduction(max : largest) reduction(&& : is_finite)
+    int32_t beyond = 0;  // how many are infinite or NaN, as then all sums are
+#pragma omp simd reduction(max : largest) reduction(+ : beyond)
     for (int64_t i = 0; i < count; i++) {
       largest = std::max(largest, std::fabs(exact[i]));
-      is_finite = is_finite && std::fabs(exact[i]) <= FLT_MAX;
+      beyond += !(std::fabs(exact[i]) <= FLT_MAX);
     }
-    if (!is_finite) scale = NAN;  // as all sums with an infinity or a NaN
-    if (largest == 0 || !is_finite) return;
+    if (beyond) scale = NAN;
+    if (beyond || largest == 0) return;
     const float limit = std::min(INT32_MAX / 127 / count, int64_t(INT16_MAX));
     scale = largest / limit;
     for (int64_t i = 0; i < count; i++) x[i] = int16_t(std::nearbyint(exact[i] / scale));

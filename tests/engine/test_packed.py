@@ -59,7 +59,7 @@ def test_what_is_left_to_torch():
     """What traces, watches or casts sees torch's product; so do gradients and strided weights."""
     linear, x = layer(), torch.randn(4, 48)
     expected = in_float64(linear, x).float()
-    assert linear.is_packed_for(x)
+    assert linear.by_packed(x) is not None
     with FlopCounterMode(display=False) as counter:
         linear(x)
     assert counter.get_total_flops() == 2 * 4 * 48 * 83

@@ -18,7 +18,9 @@ SHORT, _LONG = 64, 90  # tokens, where half precision is slow; seconds
 STEP = """
 import json, re, sys
 import torch
+from benchmarks.nano import NanoGPT
 from benchmarks.timing import seconds_of
+from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 from hf_scratch_gpt import ScratchGPTForCausalLM
 from hf_scratch_gpt.engine.swap import optimize_for_training
@@ -26,15 +28,25 @@ from hf_scratch_gpt.engine.swap import optimize_for_training
 name, folder, dtype, device, *sizes = sys.argv[1:]
 batch, length, steps = map(int, sizes)
 none = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-if name == "GPT2LMHeadModel":
+if "ours" not in name:
     model = GPT2LMHeadModel.from_pretrained(folder, use_cache=False, **none)
 else:
     model = ScratchGPTForCausalLM.from_pretrained(
         folder, chunked_loss="loss in pieces" in name, use_cache=False, drop_rate=0.0
     )
+if "nanoGPT" in name:
+    model = NanoGPT(model)
 model.train().to(device)
+loss_of = lambda ids: model(ids, labels=ids).loss
 if "fast" in name:
     optimize_for_training(model)
+elif "nanoGPT" in name:
+    loss_of = torch.compile(model)
+elif "pieces" in name and "ours" not in name:
+    def loss_of(ids):
+        hidden = model.transformer(ids)[0][:, :-1].flatten(0, 1)
+        given = hidden, model.lm_head.weight, ids[:, 1:].flatten()
+        return F.linear_cross_entropy(*given, options=torch.nn.LinearCrossEntropyOptions())
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 generator = torch.Generator().manual_seed(0)
 # Frequent and rare tokens as in texts (Zipf), so that there is something to learn.
@@ -45,7 +57,7 @@ def step():
     ids = frequency.multinomial(batch * length, replacement=True, generator=generator)
     ids = ids.view(batch, length).to(device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = model(ids, labels=ids).loss
+        loss = loss_of(ids)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -61,7 +73,10 @@ if device != "cpu":
 print(json.dumps({"seconds": times[1:], "losses": losses, "peak": peak}))
 """
 PEER = "GPT2LMHeadModel"
-NAMES = (PEER, "ours, plain", "ours, fast", "ours, fast, loss in pieces")
+NAMES = (
+    *(PEER, f"{PEER}, loss in pieces", "nanoGPT, compiled"),
+    *("ours, plain", "ours, fast", "ours, fast, loss in pieces"),
+)
 
 
 def run(name: str, folder: Path, dtype: str, length: int, device: str) -> dict | None:
@@ -70,7 +85,7 @@ def run(name: str, folder: Path, dtype: str, length: int, device: str) -> dict |
     None if it takes longer than `_LONG`.
     """
     # Weights that are split as they are read stay in memory twice, as pages of the file.
-    folder = folder if name == PEER else in_our_format(folder)
+    folder = in_our_format(folder) if "ours" in name else folder
     sizes = [str(number) for number in (BATCH, length, STEPS)]
     command = [sys.executable, "-c", STEP, name, folder, dtype, device, *sizes]
     try:

@@ -9,7 +9,7 @@
 
 #include <limits>
 
-#include "panels.h"
+#include "preparing.h"
 
 namespace {
 
@@ -26,14 +26,6 @@ struct Block {
   void *keys, *values;  // (B, H, room, D)
   float scaling;
   bool tanh;  // GELU's form
-};
-
-// The head in int8, less the mean of its rows. More than `most` rows of the head do not pay; if
-// that is 0, there is no rough head.
-struct Rough {
-  Product product;
-  const float *errors, *lengths;  // (V)
-  int64_t most;
 };
 
 // Its place among all texts, and its first token's among those that are padded on the left.
@@ -80,10 +72,15 @@ inline float exponential(float x) {
   return sum * power;
 }
 
-inline float gelu(float x, bool tanh) {
+void gelu(float* x, int64_t count, bool tanh) {
   // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), and u = sqrt(2 / pi) (x + 0.044715 x^3)
-  if (tanh) return x / (1 + exponential(-1.5957691f * (x + 0.044715f * x * x * x)));
-  return x * 0.5f * (1 + std::erf(x * 0.70710678f));
+  if (tanh) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++)
+      x[i] /= 1 + exponential(-1.5957691f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+  } else {
+    for (int64_t i = 0; i < count; i++) x[i] *= 0.5f * (1 + std::erf(x[i] * 0.70710678f));
+  }
 }
 
 // One head: query (D) looks at keys and values (S, D).
@@ -126,7 +123,7 @@ template <typename W>
 bool find_best(const Rough& rough, const Product& head, const std::vector<float>& x, int64_t way,
                float* scores, Found& found) {
   if (!rough.most) return false;
-  const Input<int8_t> integers(x);
+  const Input<int8_t> integers(x.data(), x.size());
   double squares = 0, squares_off = 0;  // those of floats may be too small for a float
   for (size_t i = 0; i < x.size(); i++) {
     const double error = x[i] - integers.x[i] * double(integers.scale);
@@ -155,7 +152,7 @@ bool find_best(const Rough& rough, const Product& head, const std::vector<float>
   found.count += own.count;
 #pragma omp barrier
   if (!std::isfinite(found.lower) || found.count > rough.most) return false;
-  const Input<W> exact(x);
+  const Input<W> exact(x.data(), x.size());
   for (int64_t row = start; row < end; row++) {
     if (!may_be_best(row)) continue;
     float y;
@@ -173,23 +170,27 @@ template <typename W, typename T>
 int64_t run(const Model& model, int64_t position, const float* embedded, float* scores,
             int threads) {
   const int64_t count = model.count, hidden_size = model.head.columns, words = model.head.rows;
-  const int64_t size = hidden_size / model.heads, inner_size = model.inner_size;
+  const int64_t size = hidden_size / model.heads;
   const Text* texts = model.texts;
-  std::vector<float> hidden(embedded, embedded + count * hidden_size), inner(count * inner_size);
-  std::vector<float> normalized(hidden.size()), query(hidden.size()), gathered(hidden.size());
-  // Where row `row` of a key or value of text `text` lies.
-  const auto place = [&](int64_t row, int64_t text, int64_t position) {
-    return ((texts[text].index * model.heads + row / size) * model.room + position) * size +
-           row % size;
-  };
+  std::vector<float> hidden(embedded, embedded + count * hidden_size), inner(count * model.inner_size);
+  std::vector<float> normalized(hidden.size()), gathered(hidden.size());
+  std::vector<float> query(hidden.size()), key(hidden.size()), value(hidden.size());
   const auto multiply_all = [&](const Product& product, const std::vector<float>& x, auto use) {
     if (count > 1)
-      multiply_many<std::conditional_t<std::is_same_v<W, float>, float, BFloat16>>(
-          product, x.data(), count, use);
+      multiply_many<W>(product, x.data(), count, use);
     else
-      multiply(product, Input<W>(x), model.way, [&](int64_t row, float y) { use(row, 0, y); });
+      multiply(product, Input<W>(x.data(), x.size()), model.way,
+               [&](int64_t row, float y) { use(0, row, &y, 1); });
   };
-  const auto add = [&](int64_t row, int64_t text, float y) { hidden[text * hidden_size + row] += y; };
+  const auto into = [&](std::vector<float>& all) {
+    return [&all, size = int64_t(all.size()) / count](int64_t text, int64_t row, const float* y,
+                                                      int64_t rows) {
+      std::copy(y, y + rows, &all[text * size + row]);
+    };
+  };
+  const auto add = [&](int64_t text, int64_t row, const float* y, int64_t rows) {
+    for (int64_t i = 0; i < rows; i++) hidden[text * hidden_size + row + i] += y[i];
+  };
   const auto normalize_all = [&](const Norm& norm) {
 #pragma omp for
     for (int64_t start = 0; start < count * hidden_size; start += hidden_size)
@@ -202,39 +203,36 @@ int64_t run(const Model& model, int64_t position, const float* embedded, float* 
     for (const Block* block = model.blocks; block < model.blocks + model.layers; block++) {
       T *keys = static_cast<T*>(block->keys), *values = static_cast<T*>(block->values);
       normalize_all(block->input_layernorm);
-      multiply_all(block->query, normalized, [&](int64_t row, int64_t text, float y) {
-        query[text * hidden_size + row] = y;
-      });
-      multiply_all(block->key, normalized, [&](int64_t row, int64_t text, float y) {
-        put(keys + place(row, text, position), y);
-      });
-      multiply_all(block->value, normalized, [&](int64_t row, int64_t text, float y) {
-        put(values + place(row, text, position), y);
-      });
+      multiply_all(block->query, normalized, into(query));
+      multiply_all(block->key, normalized, into(key));
+      multiply_all(block->value, normalized, into(value));
 #pragma omp barrier
 #pragma omp for
       for (int64_t i = 0; i < count * model.heads; i++) {
-        const int64_t text = i / model.heads, first = texts[text].first;
-        const int64_t start = place(i % model.heads * size, text, first);
-        attend(&query[i * size], keys + start, values + start, position + 1 - first, size,
-               block->scaling, weights, &gathered[i * size]);
+        const auto [index, first] = texts[i / model.heads];
+        const int64_t start = (index * model.heads + i % model.heads) * model.room * size;
+        for (int64_t d = 0; d < size; d++) {
+          put(keys + start + position * size + d, key[i * size + d]);
+          put(values + start + position * size + d, value[i * size + d]);
+        }
+        attend(&query[i * size], keys + start + first * size, values + start + first * size,
+               position + 1 - first, size, block->scaling, weights, &gathered[i * size]);
       }
       multiply_all(block->out, gathered, add);
 #pragma omp barrier
       normalize_all(block->post_attention_layernorm);
-      multiply_all(block->up, normalized, [&](int64_t row, int64_t text, float y) {
-        inner[text * inner_size + row] = y;
-      });
+      multiply_all(block->up, normalized, into(inner));
 #pragma omp barrier
-#pragma omp for
-      for (size_t i = 0; i < inner.size(); i++) inner[i] = gelu(inner[i], block->tanh);
+      const auto [start, end] = share_of(inner.size());
+      gelu(&inner[start], end - start, block->tanh);
+#pragma omp barrier
       multiply_all(block->down, inner, add);
 #pragma omp barrier
     }
     normalize_all(model.norm);
     if (!find_best<W>(model.rough_head, model.head, normalized, model.way, scores, found))
-      multiply_all(model.head, normalized, [&](int64_t row, int64_t text, float y) {
-        scores[texts[text].index * words + row] = y;
+      multiply_all(model.head, normalized, [&](int64_t text, int64_t row, const float* y, int64_t rows) {
+        std::copy(y, y + rows, scores + texts[text].index * words + row);
       });
   }
   return found.row;
@@ -254,13 +252,13 @@ extern "C" int64_t step(const Model* model, int64_t position, const float* embed
 // One product by itself, to see how fast its matrix is read.
 extern "C" int64_t product(const Product* product, int64_t way, const float* x, float* y,
                            int threads) {
-  const std::vector<float> numbers(x, x + product->columns);
+  const int64_t columns = product->columns;
   const auto use = [&](int64_t row, float sum) { y[row] = sum; };
 #pragma omp parallel num_threads(threads)
   switch (product->type) {
-    case kFloat32: multiply(*product, Input<float>(numbers), way, use); break;
-    case kBFloat16: multiply(*product, Input<BFloat16>(numbers), way, use); break;
-    case kInt8: multiply(*product, Input<int8_t>(numbers), way, use); break;
+    case kFloat32: multiply(*product, Input<float>(x, columns), way, use); break;
+    case kBFloat16: multiply(*product, Input<BFloat16>(x, columns), way, use); break;
+    case kInt8: multiply(*product, Input<int8_t>(x, columns), way, use); break;
   }
   return 0;
 }
@@ -274,13 +272,17 @@ struct Layer {
 
 extern "C" int64_t layer(const Layer* layer, int64_t, const float* x, float* y, int threads) {
   const Product& product = layer->product;
-  const auto use = [&](int64_t row, int64_t vector, float sum) {
-    y[vector * product.rows + row] = layer->has_gelu ? gelu(sum, layer->tanh) : sum;
+  const auto use = [&](int64_t vector, int64_t row, float* sums, int64_t rows) {
+    if (layer->has_gelu) gelu(sums, rows, layer->tanh);
+    std::copy(sums, sums + rows, y + vector * product.rows + row);
   };
-  const bool is_float = product.type == kFloat32;
-  const auto multiply = is_float ? multiply_many<float, decltype(use)> : multiply_many<BFloat16, decltype(use)>;
 #pragma omp parallel num_threads(threads)
-  multiply(product, x, layer->count, use);
+  switch (product.type) {
+    case kFloat32: multiply_many<float>(product, x, layer->count, use); break;
+    case kBFloat16: multiply_many<BFloat16>(product, x, layer->count, use); break;
+    case kInt8: multiply_many<int8_t>(product, x, layer->count, use); break;
+  }
   return 0;
 }
+
 extern "C" int64_t panel_size() { return kPanel; }

@@ -106,7 +106,7 @@ class OneToken:
             layers=len(blocks),
             norm=_norm(model.model.norm, self._held),
             head=self._product(model.lm_head),
-            rough_head=Rough() if rough is None else rough.as_structure(),
+            rough_head=Rough() if rough is None else Rough.from_buffer_copy(rough.structure),
             heads=config.num_attention_heads,
             room=columns,
             inner_size=config.intermediate_size,

@@ -30,16 +30,20 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
-        if self.is_packed_for(input):
-            return self.packed.multiply(input, self.bias)
+        by_packed = self.by_packed(input)
+        if by_packed is not None:
+            return by_packed
         if is_slow(input.dtype) and self._only_multiplies(input):
             return product(input, self.weight, self.bias)
         return super().forward(input)
 
-    def is_packed_for(self, input: torch.Tensor) -> bool:
-        """Whether the packed copy can be used: not if the weight has changed."""
-        is_packed = self._only_multiplies(input) and self.packed is not None
-        return is_packed and self.packed.is_of(self.weight)
+    def by_packed(self, input: torch.Tensor, gelu: str | None = None) -> torch.Tensor | None:
+        """As `forward`, and GELU in the form `gelu`; None if the weight has changed."""
+        if not self._only_multiplies(input) or self.packed is None:
+            return None
+        if not self.packed.is_of(self.weight):
+            return None
+        return self.packed.multiply(input, self.bias, gelu)
 
     def _only_multiplies(self, input: torch.Tensor) -> bool:
         """Whether no gradient is wanted, autocast changes no type, and all is torch's own."""
@@ -53,11 +57,10 @@ class PackedFeedForward(nn.Module):
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` (B, T, C) to (B, T, C)."""
-        up, form = self.up_proj, fused_gelu(self.activation)
-        can_fuse = form is not None and isinstance(up, PackedLinear) and not is_watched(up)
-        if can_fuse and up.is_packed_for(hidden_states):
-            inner = up.packed.multiply(hidden_states, up.bias, gelu=form)
-        else:
+        up, form, inner = self.up_proj, fused_gelu(self.activation), None
+        if form is not None and isinstance(up, PackedLinear | Int8Linear) and not is_watched(up):
+            inner = up.by_packed(hidden_states, form)
+        if inner is None:
             inner = self.activation(up(hidden_states))
         return self.dropout(self.down_proj(inner))
 
@@ -98,9 +101,9 @@ class Int8Linear(nn.Linear):
         """Map `input` (..., C) to (..., D); without panels, by a piece of the weight at a time."""
         if self.weight.dtype != torch.int8:  # tied anew to the embedding
             return super().forward(input)
-        panels = None if torch.is_grad_enabled() else panels_of(self)
-        if panels is not None and is_ordinary(input, self.weight):
-            return panels.multiply(input, self.bias, scale=self.weight_scale)
+        by_packed = self.by_packed(input)
+        if by_packed is not None:
+            return by_packed
         # Without its scale a product may be too large for float16.
         is_wide = input.dtype == torch.float16 or is_slow(input.dtype)
         x = input.float() if is_wide else input
@@ -111,6 +114,13 @@ class Int8Linear(nn.Linear):
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
         return product.to(input.dtype)
+
+    def by_packed(self, input: torch.Tensor, gelu: str | None = None) -> torch.Tensor | None:
+        """As that of `PackedLinear`."""
+        panels = None if torch.is_grad_enabled() else panels_of(self)
+        if panels is None or not is_ordinary(input, self.weight):
+            return None
+        return panels.multiply(input, self.bias, gelu, self.weight_scale)
 
 
 def _refuse(*args: Any) -> None:

@@ -61,18 +61,18 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 
 
 class Panels(MadeOf):
-    """A weight (D, C) as `panels.h` reads it; int8 as bfloat16, which holds the same numbers."""
+    """A weight (D, C) as `panels.h` reads it: of a panel's rows, columns or pairs of them."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__(weight)
-        numbers, size = weight.detach(), panel_size()
-        if numbers.dtype == torch.int8:
-            numbers = numbers.bfloat16()
-        missing = -len(weight) % size
-        if missing:
-            numbers = F.pad(numbers, (0, 0, 0, missing))
-        self.panels = numbers.reshape(-1, size, weight.shape[1]).transpose(1, 2).contiguous()
-        self._type, self._shape = TYPES[numbers.dtype], weight.shape
+        numbers, (rows, columns) = weight.detach().contiguous(), weight.shape
+        if weight.dtype == torch.int8:  # in pairs
+            numbers = F.pad(numbers, (0, columns % 2)).view(torch.bfloat16)
+        self._type, self._shape, size = TYPES[weight.dtype], weight.shape, panel_size()
+        packed = -(-rows // size) * size, numbers.shape[1]
+        self.panels = torch.empty(packed, dtype=numbers.dtype, device="cpu")
+        product = Product(None, None, None, None, *numbers.shape, TYPES[numbers.dtype])
+        call("pack", product, self.panels.nbytes, numbers, self.panels)
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Any:

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -21,8 +22,8 @@ enum Type : int64_t { kFloat32, kBFloat16, kInt8 };
 // y = W x + bias. The weight is (rows, columns); an int8 one is multiplied by each row's scale.
 // `panels` is the weight packed for many vectors, see panels.h; or null.
 struct Product {
-  const void *weight, *panels;
-  const float *scale, *bias;
+  void *weight, *panels;
+  float *scale, *bias;
   int64_t rows, columns;
   Type type;
 };
@@ -81,7 +82,7 @@ template <typename W>
 struct Input {
   const float* x;
 
-  Input(const std::vector<float>& x) : x(x.data()) {}
+  Input(const float* x, int64_t) : x(x) {}
 
   // By N rows, from `row` on, `distance` rows apart.
   template <int N, bool ahead>
@@ -98,17 +99,19 @@ struct Input<int8_t> {
   std::vector<int16_t> x;
   float scale = 0;
 
-  Input(const std::vector<float>& exact) : x(exact.size()) {
-    float largest = 0, zero = 0;
-    for (float number : exact) {
-      largest = std::max(largest, std::fabs(number));
-      zero += number * 0;
+  Input(const float* exact, int64_t count) : x(count) {
+    float largest = 0;
+    int32_t beyond = 0;  // how many are infinite or NaN, as then all sums are
+#pragma omp simd reduction(max : largest) reduction(+ : beyond)
+    for (int64_t i = 0; i < count; i++) {
+      largest = std::max(largest, std::fabs(exact[i]));
+      beyond += !(std::fabs(exact[i]) <= FLT_MAX);
     }
-    if (zero != 0) scale = zero;  // NaN, as of all sums with an infinity or a NaN
-    if (largest == 0 || zero != 0) return;
-    const float limit = std::min(INT32_MAX / 127 / int64_t(x.size()), int64_t(INT16_MAX));
+    if (beyond) scale = NAN;
+    if (beyond || largest == 0) return;
+    const float limit = std::min(INT32_MAX / 127 / count, int64_t(INT16_MAX));
     scale = largest / limit;
-    for (size_t i = 0; i < x.size(); i++) x[i] = int16_t(std::lrint(exact[i] / scale));
+    for (int64_t i = 0; i < count; i++) x[i] = int16_t(std::nearbyint(exact[i] / scale));
   }
 
   template <int N, bool ahead>

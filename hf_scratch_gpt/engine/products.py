@@ -13,8 +13,8 @@ from .compiling import compiled
 # To read a matrix from one place, from four at once, and both with asking ahead; see the C++. The
 # best of them is 1.1 to 1.5 times as fast as the worst, on each processor another one.
 WAYS = range(4)
-_TRIALS = 3  # of each way; the fastest counts
-_ENOUGH = 2**28  # bytes of matrices to try ways on
+_TRIALS = 2  # of each way; the fastest counts
+_ENOUGH = 2**27  # bytes of matrices to try ways on
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # numbers of the C++'s `Type`
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 

@@ -48,9 +48,9 @@ def optimize_for_generation(model: PreTrainedModel, weights: str | None = None) 
     On a CPU greedy search and sampling, of one text or of several, padded on the left, are written
     by C++, which is compiled in some seconds and kept in the user's cache folder; a text that has
     ended is not computed on. Prompts and several texts use weights in an order of their own, which
-    take as much memory again, and in int8 two bytes more a number; greedy search of one text uses a
-    copy of the head in eight bits. On a GPU, transformers compiles its step into CUDA graphs at the
-    first call, for each number of texts anew.
+    take as much memory again; greedy search of one text uses a copy of the head in eight bits. On a
+    GPU, transformers compiles its step into CUDA graphs at the first call, for each number of texts
+    anew.
 
     The outputs are those of before, up to the order in which sums are rounded. Change weights, add
     adapters, choose data type and device before, not afterwards; a weight that is changed all the

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..characters import encoded
-from ..files import new_file
+from ..files import give_memory_back, new_file
 from ..model.tokenization_scratch_gpt import ScratchGPTTokenizer
 from .texts import Piece, Sources, find, read, size_of
 
@@ -183,6 +183,7 @@ def _encoded(
                     progress.update(size)
         finally:
             pool.shutdown(cancel_futures=True)
+            give_memory_back()
 
 
 def _has_plain_end(tokenizer: PreTrainedTokenizerBase) -> bool:

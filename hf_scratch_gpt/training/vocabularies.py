@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,13 @@ def _texts(found: list[Any], field: str, limit: int) -> Iterator[str]:
 
 
 def _byte_pairs(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(
-        texts, vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False
-    )
+    trained, sample = ByteLevelBPETokenizer(), list(texts)
+    options = dict(vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False)
+    # A thread's memory is apart from this one's, and so is given back whole.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(trained.train_from_iterator, sample, **options).result()
     model = json.loads(trained.to_str())["model"]
-    del trained
+    del trained, sample
     give_memory_back()
     return ScratchGPTTokenizer(vocab=model["vocab"], merges=[*map(tuple, model["merges"])])
 

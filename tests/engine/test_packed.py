@@ -59,7 +59,7 @@ def test_what_is_left_to_torch():
     """What traces, watches or casts sees torch's product; so do gradients and strided weights."""
     linear, x = layer(), torch.randn(4, 48)
     expected = in_float64(linear, x).float()
-    assert linear.is_packed_for(x)
+    assert linear.by_packed(x) is not None
     with FlopCounterMode(display=False) as counter:
         linear(x)
     assert counter.get_total_flops() == 2 * 4 * 48 * 83
@@ -97,17 +97,19 @@ def test_feed_forward(dtype, form):
 @torch.no_grad()
 def test_int8_turned_back_in_pieces(monkeypatch, dtype):
     monkeypatch.setattr("hf_scratch_gpt.engine.packed._PIECE", 1000)
-    linear = torch.nn.Linear(48, 100).to(dtype)
+    linear = torch.nn.Linear(47, 100).to(dtype)
     linear.weight[7] = 0
     exact = copy.deepcopy(linear)
     exchange(linear, Int8Linear)
     assert linear.weight.dtype == torch.int8
     rebuilt = linear.weight * linear.weight_scale[:, None]
     assert ((rebuilt - exact.weight).abs() <= 0.5001 * linear.weight_scale[:, None]).all()
-    x = torch.randn(2, 3, 48).to(dtype)
-    close = {} if dtype == torch.float32 else dict(atol=2e-2, rtol=2e-2)
+    x = torch.randn(2, 3, 47).to(dtype)
     expected = (x.float() @ rebuilt.T.float() + linear.bias.float()).to(dtype)
-    torch.testing.assert_close(linear(x), expected, **close)
+    # The vectors are rounded to 15 bits, by half a unit of the last one at most.
+    unit = x.float().abs().amax(-1, keepdim=True) / 32767
+    bound = 0.51 * unit * rebuilt.float().abs().sum(1) + (1e-5 if dtype == torch.float32 else 2e-2)
+    assert ((linear(x) - expected).abs() <= bound).all()
 
 
 @pytest.mark.usefixtures("slow_half")

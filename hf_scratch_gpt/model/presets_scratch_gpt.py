@@ -69,10 +69,8 @@ def find_preset(name: str) -> dict[str, Any]:
     known = {key.lower(): key for key in (*PRESETS, *PRESET_ALIASES)}
     preset = known.get(name.lower())
     if preset is None:
-        nearest = [known[key] for key in difflib.get_close_matches(name.lower(), known, 3, 0.5)]
-        hint = (
-            f"did you mean {' or '.join(nearest)}?" if nearest else f"they are {', '.join(PRESETS)}"
-        )
+        near = [known[key] for key in difflib.get_close_matches(name.lower(), known, 3, 0.5)]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"give {' or '.join(PRESETS)}"
         raise ValueError(f"no preset is called {name!r}; {hint}")
     return {**_COMMON, **PRESETS[PRESET_ALIASES.get(preset, preset)]}
 

@@ -1,7 +1,7 @@
 """Measure this package and its peers side by side: `python -m benchmarks`.
 
 Random weights of GPT-2's size, the same for all; rounds in turns; what is written or scored
-is compared before it is timed. CTranslate2 and llama.cpp take part where they are installed
+is compared as well. CTranslate2 and llama.cpp take part where they are installed
 (`pip install -e '.[benchmarks]'`), OpenVINO where `--openvino` names its environment's interpreter.
 A peer that takes ten times the median of all is left out; the table says so. `--notes` keeps the
 standing in benchmarks/NOTES.md.
@@ -26,23 +26,33 @@ from .training import training
 NOTES = Path(__file__).with_name("NOTES.md")
 
 
+# Each line of writing: texts, tokens of each prompt, tokens written, and in which weights.
+LINES = {
+    "one text, 32 + 64": (1, 32, 64, ("float32", "bfloat16", "int8")),
+    "prompt of 1,000": (1, 1000, 1, ("float32", "bfloat16", "int8")),
+    "8 texts, 32 + 32": (8, 32, 32, ("float32", "bfloat16", "int8")),
+    "32 texts, 32 + 8": (32, 32, 8, ("float32", "int8")),
+    "32 texts, 32 + 32": (32, 32, 32, ("float32", "int8")),
+}
+LONG_LINES = {
+    "32 texts, 32 + 128": (32, 32, 128, ("float32", "int8")),
+    "128 texts, 32 + 32": (128, 32, 32, ("float32", "int8")),
+}
+
+
 def measurements(
-    folder: Path, rounds: int, device: str, openvino: str | None
+    folder: Path, rounds: int, device: str, openvino: str | None, has_long: bool
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """Each measurement by its name."""
     named: dict[str, Callable[[], dict[str, Any]]] = {}
     dtypes = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
-    lines = {
-        "one text, 32 + 64": dict(texts=1, prompt=32, written=64),
-        "prompt of 1,000": dict(texts=1, prompt=1000, written=1),
-        "8 texts, 32 + 32": dict(texts=8, prompt=32, written=32),
-        "32 texts, 32 + 32": dict(texts=32, prompt=32, written=32),
-    }
-    for line, sizes in lines.items():
-        for weights in (*dtypes, "int8") if device == "cpu" else dtypes:
+    for line, (*sizes, kinds) in (LINES | (LONG_LINES if has_long else {})).items():
+        for weights in kinds if device == "cpu" else dtypes:
             named[f"{line}, {weights}"] = partial(
-                generation.writing, folder, weights, rounds, device, openvino, **sizes
+                generation.writing, folder, weights, rounds, device, openvino, *sizes
             )
+    if has_long:
+        named["64 requests"] = partial(generation.requests, folder, rounds, device)
     for dtype in dtypes:
         named[f"training, {dtype}"] = partial(training, folder, dtype, device)
     named["from_pretrained"] = partial(start.loading, folder, rounds)
@@ -57,6 +67,7 @@ def main() -> None:
     parser.add_argument("--preset", default="gpt2", help="size of the model, such as gpt2-xl")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="measurements whose name has this, such as 'one text'")
+    parser.add_argument("--long", action="store_true", help="lines that take minutes each, too")
     parser.add_argument("--openvino", help="the interpreter of an environment with optimum-intel")
     parser.add_argument("--notes", action="store_true", help="keep the standing in NOTES.md")
     parser.add_argument("--workplace", type=Path, help="folder for weights, kept; 2 GB for gpt2")
@@ -75,7 +86,7 @@ def main() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         make_weights(folder, options.preset)
         results = {}
-        planned = measurements(folder, options.rounds, device, options.openvino)
+        planned = measurements(folder, options.rounds, device, options.openvino, options.long)
         for name, measure in planned.items():
             if (options.only or "") in name:
                 results[name] = measure()

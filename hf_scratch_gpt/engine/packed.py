@@ -16,7 +16,7 @@ from .half import is_ordinary, is_slow, multiply, product
 from .packing import Panels, packed_for, panels_of, prefers_onednn
 from .private_ops import is_watched
 
-_PIECE = 2**22  # numbers that are turned back from int8 at a time
+_PIECE = 2**20  # numbers that are turned into int8, or back, at a time
 
 
 class PackedLinear(nn.Linear):
@@ -87,8 +87,12 @@ class Int8Linear(nn.Linear):
         """Quantize the weight; there is no way back."""
         weight = self.weight.detach()
         wide = torch.promote_types(weight.dtype, torch.float32)
-        scale = weight.abs().amax(1).to(wide).clamp(min=torch.finfo(wide).tiny) / 127
-        quantized = (weight / scale[:, None]).round().to(torch.int8)
+        scale = torch.empty(len(weight), dtype=wide, device=weight.device)
+        quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        parts = (whole.split(self._rows()) for whole in (weight, scale, quantized))
+        for some, scales, rounded in zip(*parts, strict=True):
+            scales.copy_(some.abs().amax(1)).clamp_(min=torch.finfo(wide).tiny).div_(127)
+            rounded.copy_((some / scales[:, None]).round_())
         self.weight = nn.Parameter(quantized, requires_grad=False)  # not in place: it may be tied
         # Not a buffer: `model.half()` would leave it too few digits.
         self.weight_scale = scale
@@ -108,12 +112,15 @@ class Int8Linear(nn.Linear):
         is_wide = input.dtype == torch.float16 or is_slow(input.dtype)
         x = input.float() if is_wide else input
         by = F.linear if torch.is_grad_enabled() or torch.compiler.is_compiling() else multiply
-        pieces = self.weight.split(max(1, _PIECE // self.in_features))
+        pieces = self.weight.split(self._rows())
         products = [by(x, piece.to(x.dtype), None) for piece in pieces]
         product = torch.cat(products, -1) * self.weight_scale.to(products[0].dtype)
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
         return product.to(input.dtype)
+
+    def _rows(self) -> int:
+        return max(1, _PIECE // self.in_features)
 
     def by_packed(self, input: torch.Tensor, gelu: str | None = None) -> torch.Tensor | None:
         """As that of `PackedLinear`."""

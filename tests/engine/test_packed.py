@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_scratch_gpt import FeedForward, ScratchGPTConfig
@@ -76,16 +77,22 @@ def test_what_is_left_to_torch():
     torch.testing.assert_close(linear(x).double(), in_float64(linear, x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear])
 @pytest.mark.parametrize("form", ["gelu", "gelu_new"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_feed_forward(dtype, form):
+def test_feed_forward(dtype, form, kind):
     config = ScratchGPTConfig(n_embd=48, n_head=4, activation_function=form)
     mlp = FeedForward(config).eval().to(dtype)
     x = torch.randn(2, 5, 48, dtype=dtype)
     exact = copy.deepcopy(mlp).double()(x.double())
     for part in (mlp.up_proj, mlp.down_proj):
-        exchange(part, PackedLinear)
+        exchange(part, kind)
+    if kind is Int8Linear:
+        inner = F.gelu(
+            mlp.up_proj(x).double(), approximate="tanh" if form == "gelu_new" else "none"
+        )
+        exact = mlp.down_proj(inner.to(dtype)).double()
     exchange(mlp, PackedFeedForward)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(mlp(x).double(), exact, atol=tolerance, rtol=tolerance)

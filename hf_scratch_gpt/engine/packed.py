@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .half import is_ordinary, is_slow, multiply, product
-from .packing import Panels, packed_for, panels_of, prefers_onednn
+from .packing import packed_of, panels_of, prefers_onednn
 from .private_ops import is_watched
 
 _PIECE = 2**20  # numbers that are turned into int8, or back, at a time
@@ -21,12 +21,6 @@ _PIECE = 2**20  # numbers that are turned into int8, or back, at a time
 
 class PackedLinear(nn.Linear):
     """Multiplies by a packed copy of its weight; half precision that is slow, in float32."""
-
-    packed: Any
-
-    def prepare(self) -> None:
-        """Pack the weight."""
-        self.packed = packed_for(self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` (..., C) to (..., D)."""
@@ -38,12 +32,11 @@ class PackedLinear(nn.Linear):
         return super().forward(input)
 
     def by_packed(self, input: torch.Tensor, gelu: str | None = None) -> torch.Tensor | None:
-        """As `forward`, and GELU in the form `gelu`; None if the weight has changed."""
-        if not self._only_multiplies(input) or self.packed is None:
+        """As `forward`, and GELU in the form `gelu`; None of one vector or a changed weight."""
+        if input.numel() == self.in_features or not self._only_multiplies(input):
             return None
-        if not self.packed.is_of(self.weight):
-            return None
-        return self.packed.multiply(input, self.bias, gelu)
+        packed = packed_of(self)
+        return None if packed is None else packed.multiply(input, self.bias, gelu)
 
     def _only_multiplies(self, input: torch.Tensor) -> bool:
         """Whether no gradient is wanted, autocast changes no type, and all is torch's own."""
@@ -97,7 +90,8 @@ class Int8Linear(nn.Linear):
         # Not a buffer: `model.half()` would leave it too few digits.
         self.weight_scale = scale
         is_left = wide == torch.float64 or prefers_onednn(weight.dtype)
-        self.packed = None if is_left else Panels.of(self.weight)
+        if is_left:
+            self.packed = None
         self.register_state_dict_pre_hook(_refuse)
         self.register_load_state_dict_pre_hook(_refuse)
 

@@ -126,7 +126,16 @@ def packed_for(weight: torch.Tensor) -> Any:
     return (Packed if prefers_onednn(weight.dtype) else Panels).of(weight)
 
 
+def packed_of(linear: Any) -> Any:
+    """The packed copy that `linear` keeps, made when it is first asked for; None if it is stale."""
+    kept = vars(linear)
+    if "packed" not in kept and hasattr(linear, "by_packed"):
+        kept["packed"] = packed_for(linear.weight)
+    packed = kept.get("packed")
+    return packed if packed is not None and packed.is_of(linear.weight) else None
+
+
 def panels_of(linear: nn.Linear) -> Panels | None:
-    """The panels that are kept in `linear`, if its weight is still the same."""
-    packed = vars(linear).get("packed")
-    return packed if isinstance(packed, Panels) and packed.is_of(linear.weight) else None
+    """The packed copy, as `packed_of`, if it is in panels."""
+    packed = packed_of(linear)
+    return packed if isinstance(packed, Panels) else None

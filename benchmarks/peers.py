@@ -4,7 +4,6 @@ import copy
 import functools
 import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,14 +18,13 @@ from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedM
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from hf_scratch_gpt.checkpoints.verify import gpt2_config
+from hf_scratch_gpt.engine.half import is_slow
 from hf_scratch_gpt.engine.swap import optimize_for_generation
 
 from . import by_openvino
 from .gguf_file import write_gguf
 
 OURS = ("ours, plain", "ours, fast")
-# CTranslate2 multiplies by oneDNN on processors that are not Intel's, unless it is told otherwise.
-BY_MKL = {"CT2_USE_MKL": "1", "CT2_USE_EXPERIMENTAL_PACKED_GEMM": "1"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Takes ids (B, T) and how many to write; returns those, (B, N).
 Write = Callable[[torch.Tensor, int], list[list[int]]]
@@ -104,7 +102,8 @@ def writers(
     ways: list[tuple[str, Write]] = [fast]
     if weights != "int8":
         ways = [("GPT2LMHeadModel", by_generate(theirs)), (OURS[0], by_generate(ours)), fast]
-        if texts == 1 and prompt < 100:  # it compiles for most of a minute
+        is_slow_here = device == "cpu" and is_slow(DTYPES[dtype])
+        if texts == 1 and prompt < 100 and not is_slow_here:  # it compiles for most of a minute
             ways.append(("GPT2LMHeadModel, compiled", by_compiled_generate(theirs)))
     if device != "cpu":
         return ways, []
@@ -114,15 +113,13 @@ def writers(
     elif weights == "bfloat16":
         left_out.append("CTranslate2 (refuses bfloat16 on a CPU)")
     else:
-        ways.append(("CTranslate2", by_ctranslate2(folder, weights, {})))
-        ways.append(("CTranslate2, MKL", by_ctranslate2(folder, weights, BY_MKL)))
+        ways.append(("CTranslate2", by_ctranslate2(folder, weights)))
     if not (importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")):
         left_out.append("llama.cpp (llama-cpp-python and gguf are not installed)")
     elif texts > 1:
         left_out.append("llama.cpp (this binding of it takes one text)")
     else:
-        ways.append(("llama.cpp", by_llama_cpp(folder, weights, flash_attn=False)))
-        ways.append(("llama.cpp, flash attention", by_llama_cpp(folder, weights, flash_attn=True)))
+        ways.append(("llama.cpp", by_llama_cpp(folder, weights)))
     if openvino is None:
         left_out.append("OpenVINO (--openvino names the interpreter of its environment)")
     else:
@@ -142,8 +139,11 @@ def by_compiled_generate(model: PreTrainedModel) -> Write:
     return by_generate(copy.deepcopy(model), cache_implementation="static", compile_config=compiled)
 
 
-def by_ctranslate2(folder: Path, weights: str, environment: dict[str, str]) -> Write:
-    """CTranslate2 on a conversion of `folder`, in a process of its own, for its environment."""
+def by_ctranslate2(folder: Path, weights: str) -> Write:
+    """CTranslate2 on a conversion of `folder`, in a process of its own.
+
+    By itself it multiplies by MKL on Intel's processors and by oneDNN on others, which is best.
+    """
     from ctranslate2.converters import TransformersConverter
 
     converted = folder.parent / f"{folder.name}-ctranslate2-{weights}"
@@ -151,9 +151,7 @@ def by_ctranslate2(folder: Path, weights: str, environment: dict[str, str]) -> W
         with tempfile.TemporaryDirectory() as named:
             add_vocabulary(folder, Path(named))
             TransformersConverter(named).convert(str(converted), quantization=weights)
-    return in_own_process(
-        _start_ctranslate2, str(converted), weights, torch.get_num_threads(), environment
-    )
+    return in_own_process(_start_ctranslate2, str(converted), weights, torch.get_num_threads())
 
 
 def in_own_process(start: Callable[..., None], *arguments: object) -> Write:
@@ -171,11 +169,8 @@ def _call_write(ids: list[list[int]], count: int) -> list[list[int]]:
     return _write(ids, count)
 
 
-def _start_ctranslate2(
-    converted: str, weights: str, threads: int, environment: dict[str, str]
-) -> None:
+def _start_ctranslate2(converted: str, weights: str, threads: int) -> None:
     global _write
-    os.environ.update(environment)
     import ctranslate2
 
     generator = ctranslate2.Generator(converted, compute_type=weights, intra_threads=threads)
@@ -203,8 +198,8 @@ def add_vocabulary(folder: Path, named: Path) -> None:
     (named / "merges.txt").write_text("#version: 0.2\n")
 
 
-def by_llama_cpp(folder: Path, weights: str, flash_attn: bool) -> Write:
-    """llama.cpp on a GGUF file made of `folder`; it takes one text.
+def by_llama_cpp(folder: Path, weights: str) -> Write:
+    """llama.cpp, with flash attention, on a GGUF file made of `folder`; it takes one text.
 
     It is given a process of its own: on some processors it crashes.
     """
@@ -212,10 +207,10 @@ def by_llama_cpp(folder: Path, weights: str, flash_attn: bool) -> Write:
     path = folder.parent / f"{folder.name}-{kind}.gguf"
     if not path.exists():
         write_gguf(folder, path, kind)
-    return in_own_process(_start_llama_cpp, str(path), torch.get_num_threads(), flash_attn)
+    return in_own_process(_start_llama_cpp, str(path), torch.get_num_threads())
 
 
-def _start_llama_cpp(path: str, threads: int, flash_attn: bool) -> None:
+def _start_llama_cpp(path: str, threads: int) -> None:
     global _write
     import llama_cpp
 
@@ -224,7 +219,7 @@ def _start_llama_cpp(path: str, threads: int, flash_attn: bool) -> None:
         n_ctx=1024,
         n_threads=threads,
         n_threads_batch=threads,
-        flash_attn=flash_attn,
+        flash_attn=True,
         verbose=False,
     )
 

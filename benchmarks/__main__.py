@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from hf_scratch_gpt.engine.half import is_slow
+
 from . import generation, start
-from .peers import make_weights
+from .peers import DTYPES, make_weights
 from .report import draw, keep_standing, processor, table
 from .training import training
 
@@ -54,6 +56,8 @@ def measurements(
     if has_long:
         named["64 requests"] = partial(generation.requests, folder, rounds, device)
     for dtype in dtypes:
+        if device == "cpu" and is_slow(DTYPES[dtype]):
+            continue  # nobody trains in a type that is forty times slower than float32
         named[f"training, {dtype}"] = partial(training, folder, dtype, device)
     named["from_pretrained"] = partial(start.loading, folder, rounds)
     for texts in (1, 10_000):

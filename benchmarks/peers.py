@@ -90,11 +90,12 @@ def load(folder: Path, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
 
 
 def writers(
-    folder: Path, weights: str, device: str, openvino: str | None, texts: int, prompt: int
+    folder: Path, weights: str, device: str, openvino: str | None, texts: int, length: int
 ) -> tuple[list[tuple[str, Write]], list[str]]:
     """All ways to write with the weights in `folder`, kept as "float32", "bfloat16" or "int8".
 
-    And what is left out, and why. `openvino` is the interpreter of OpenVINO's environment.
+    And what is left out, and why. `openvino` is the interpreter of OpenVINO's environment, `length`
+    that of prompt and text.
     """
     dtype = "float32" if weights == "int8" else weights
     theirs, ours = load(folder, dtype, device)
@@ -103,8 +104,8 @@ def writers(
     if weights != "int8":
         ways = [("GPT2LMHeadModel", by_generate(theirs)), (OURS[0], by_generate(ours)), fast]
         is_slow_here = device == "cpu" and is_slow(DTYPES[dtype])
-        if texts == 1 and prompt < 100 and not is_slow_here:  # it compiles for most of a minute
-            ways.append(("GPT2LMHeadModel, compiled", by_compiled_generate(theirs)))
+        if texts == 1 and length < 100 and not is_slow_here:  # it compiles for most of a minute
+            ways.append(("GPT2LMHeadModel, compiled", by_compiled_generate(theirs, length)))
     if device != "cpu":
         return ways, []
     left_out = []
@@ -131,12 +132,13 @@ def writers(
     return ways, left_out
 
 
-def by_compiled_generate(model: PreTrainedModel) -> Write:
-    """`generate` of a copy of `model`, compiled, with a static cache."""
+def by_compiled_generate(model: PreTrainedModel, length: int) -> Write:
+    """`generate` of a copy of `model`, compiled, with a static cache of `length` tokens."""
     mode = "default" if model.device.type == "cpu" else "reduce-overhead"
     compiled = CompileConfig(fullgraph=True, mode=mode)
     compiled._compile_all_devices = True
-    return by_generate(copy.deepcopy(model), cache_implementation="static", compile_config=compiled)
+    static = dict(cache_implementation="static", max_cache_len=length, compile_config=compiled)
+    return by_generate(copy.deepcopy(model), **static)
 
 
 def by_ctranslate2(folder: Path, weights: str) -> Write:

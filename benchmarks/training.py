@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_scratch_gpt import ScratchGPTConfig
-from hf_scratch_gpt.engine.half import is_slow
 
 from .peers import DTYPES, in_our_format
 from .timing import matrix_peak, rates
 
 BATCH, LENGTH, STEPS = 2, 512, 3
-SHORT, _LONG = 64, 90  # tokens, where half precision is slow; seconds
+_LONG = 90  # seconds
 # In a process of its own, since peak memory is a process's.
 STEP = """
 import json, re, sys
@@ -79,14 +78,14 @@ NAMES = (
 )
 
 
-def run(name: str, folder: Path, dtype: str, length: int, device: str) -> dict | None:
+def run(name: str, folder: Path, dtype: str, device: str) -> dict | None:
     """Losses and peak memory of one model, and seconds a step, without the first.
 
     None if it takes longer than `_LONG`.
     """
     # Weights that are split as they are read stay in memory twice, as pages of the file.
     folder = in_our_format(folder) if "ours" in name else folder
-    sizes = [str(number) for number in (BATCH, length, STEPS)]
+    sizes = [str(number) for number in (BATCH, LENGTH, STEPS)]
     command = [sys.executable, "-c", STEP, name, folder, dtype, device, *sizes]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_LONG)
@@ -108,15 +107,10 @@ def flops(folder: Path, length: int) -> int:
 
 
 def training(folder: Path, dtype: str, device: str) -> dict[str, Any]:
-    """AdamW, under autocast where `dtype` is bfloat16; each model once, as its steps are long.
-
-    Where the CPU has no instructions for `dtype`, the peer is a hundred times slower: texts are
-    shorter then.
-    """
-    is_slow_here = device == "cpu" and is_slow(DTYPES[dtype])
-    length, results, left_out = SHORT if is_slow_here else LENGTH, {}, []
+    """AdamW, under autocast where `dtype` is bfloat16; each model once, as its steps are long."""
+    results, left_out = {}, []
     for name in NAMES:
-        result = run(name, folder, dtype, length, device)
+        result = run(name, folder, dtype, device)
         if result is None:
             left_out.append(f"{name} (three steps take more than {_LONG} seconds)")
         else:
@@ -129,9 +123,9 @@ def training(folder: Path, dtype: str, device: str) -> dict[str, Any]:
             assert abs(own / theirs - 1) < tolerance, f"{name} has loss {own}, {PEER} {theirs}"
     return {
         "unit": "tokens/s",
-        "rates": rates(BATCH * length, {n: result["seconds"] for n, result in results.items()}),
-        "limit": matrix_peak(DTYPES[dtype], device) / flops(folder, length),
-        "tokens": {"texts": BATCH, "of each": length},
+        "rates": rates(BATCH * LENGTH, {n: result["seconds"] for n, result in results.items()}),
+        "limit": matrix_peak(DTYPES[dtype], device) / flops(folder, LENGTH),
+        "tokens": {"texts": BATCH, "of each": LENGTH},
         "peak, GB": {name: result["peak"] / 1e9 for name, result in results.items()},
         "left out": left_out,
     }

@@ -172,8 +172,9 @@ int64_t run(const Model& model, int64_t position, const float* embedded, float* 
   const int64_t count = model.count, hidden_size = model.head.columns, words = model.head.rows;
   const int64_t size = hidden_size / model.heads;
   const Text* texts = model.texts;
-  std::vector<float> hidden(embedded, embedded + count * hidden_size), inner(count * model.inner_size);
+  std::vector<float> hidden(embedded, embedded + count * hidden_size);
   std::vector<float> normalized(hidden.size()), gathered(hidden.size());
+  std::vector<float> inner(count * model.inner_size);
   std::vector<float> query(hidden.size()), key(hidden.size()), value(hidden.size());
   const auto multiply_all = [&](const Product& product, const std::vector<float>& x, auto use) {
     if (count > 1)
@@ -231,9 +232,10 @@ int64_t run(const Model& model, int64_t position, const float* embedded, float* 
     }
     normalize_all(model.norm);
     if (!find_best<W>(model.rough_head, model.head, normalized, model.way, scores, found))
-      multiply_all(model.head, normalized, [&](int64_t text, int64_t row, const float* y, int64_t rows) {
-        std::copy(y, y + rows, scores + texts[text].index * words + row);
-      });
+      multiply_all(model.head, normalized,
+                   [&](int64_t text, int64_t row, const float* y, int64_t rows) {
+                     std::copy(y, y + rows, scores + texts[text].index * words + row);
+                   });
   }
   return found.row;
 }

@@ -159,7 +159,8 @@ void multiply_many(const Product& product, const float* x, int64_t vectors, Use 
       for (int64_t n = 0; n < number; n++) {
         const float scale = inputs.scale(first + n);
         float sums[kPanel];
-        for (int64_t j = 0; j < kPanel; j++) sums[j] = y[n * kPanel + j] * scale * scales[j] + biases[j];
+        for (int64_t j = 0; j < kPanel; j++)
+          sums[j] = y[n * kPanel + j] * scale * scales[j] + biases[j];
         use(block + first + n, row, sums, rows);
       }
     }

@@ -215,6 +215,8 @@ def make_arguments(
         )
     for name, (least, most) in _RANGES.items():
         value = given.get(name)
+        if (name, value) == ("max_steps", -1):  # as many as the epochs have
+            continue
         if value is not None and not least <= value <= most:
             raise ValueError(
                 f"{name}={value} is not between {least:g} and {most:,.0f}; give another"

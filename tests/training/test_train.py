@@ -24,7 +24,7 @@ from hf_scratch_gpt.training import callbacks, parse_flags, train
 from hf_scratch_gpt.training.blocks import Blocks
 from hf_scratch_gpt.training.corpus import tokenize
 from hf_scratch_gpt.training.run_folder import last_checkpoint
-from hf_scratch_gpt.training.setup import part_words
+from hf_scratch_gpt.training.setup import make_arguments, part_words
 
 from ..models import random_gpt2
 
@@ -362,6 +362,12 @@ def test_the_curve_shows_both_losses_with_units(tmp_path, monkeypatch):
     labels = [text.get_text() for text in axes.get_legend().texts]
     assert labels == ["training, 2.500 at step 2", "validation, 2.750 at step 2"]
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_minus_one_step_is_transformers_word_for_as_many_as_there_are(tmp_path):
+    given = dict(max_steps=-1, num_train_epochs=2)
+    arguments = make_arguments(tmp_path, True, False, given)
+    assert (arguments.max_steps, arguments.num_train_epochs) == (-1, 2)
 
 
 def test_flags_of_a_command_line_become_arguments():

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .one_token import OneToken, can_compute, can_compute_many
+from .one_token import OneToken, cache_with_room, can_compute, can_compute_many
 
 # What `generate` does not hand to a loop that it is given, and caches, which the C++ does not fill.
 _FOR_OTHER_LOOPS = (
@@ -116,7 +116,9 @@ def _write(
         raise _Unsuited
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    cache, first = model_kwargs["cache"], mask.argmax(-1)
+    first = mask.argmax(-1)
+    most = model.config.max_position_embeddings + int(first.max())
+    cache = cache_with_room(model, len(mask), min(most, generation_config.max_length or most))
     logits = model(input_ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits
     reader = OneToken(model, cache, model.optimized.way, first)
 

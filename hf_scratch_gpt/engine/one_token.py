@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicLayer
 
 from ..model.positions_scratch_gpt import raise_past_limit
-from .packing import panels_of
+from .packing import empty, panels_of
 from .private_ops import is_watched
 from .products import INTEGER, POINTER, TYPES, Product, address_of, call, product_of, structure
 from .rough_head import Rough, rough_of
@@ -70,37 +70,57 @@ def _norm(norm: Any, held: list[Any]) -> Any:
     return _Norm(address_of(norm.weight, held), address_of(norm.bias, held), norm.eps)
 
 
+class Room(DynamicLayer):
+    """A layer of a cache that does not move: `memory` (2, B, H, S, D) has room for all tokens."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        super().__init__()
+        self.memory, self.device, self.is_initialized = memory, memory.device, True
+        self.keys, self.values = memory[:, :, :, :0]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values (B, H, T, D) behind those before; return all."""
+        start, tokens = self.get_seq_length(), key_states.shape[2]
+        self.keys, self.values = self.memory[:, :, :, : start + tokens]
+        self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
+        return self.keys, self.values
+
+
+def cache_with_room(model: Any, batch: int, tokens: int) -> Cache:
+    """A cache for `batch` texts of up to `tokens` tokens each, in whose memory the C++ writes."""
+    config = model.config
+    shape = batch, config.num_attention_heads, tokens, config.head_dim
+    memory = empty(config.num_hidden_layers, 2, *shape, dtype=model.dtype)
+    return Cache(layers=[Room(of_layer) for of_layer in memory])
+
+
 class OneToken:
     """Reads the tokens of texts, after their prompts, one of each at a time.
 
     Args:
         model: one that `can_compute` is true of, `can_compute_many` too if there are several texts,
             and that nothing changes meanwhile.
-        prompt: keys and values of the tokens before.
+        cache: one with room, after it has read the tokens before.
         way: one of `WAYS` to read matrices in; see `fastest_way`.
         first: (B,), where each text begins, if padding goes before some.
     """
 
     def __init__(
-        self, model: Any, prompt: DynamicCache, way: int = 0, first: torch.Tensor | None = None
+        self, model: Any, cache: Cache, way: int = 0, first: torch.Tensor | None = None
     ) -> None:
-        self._model, self._length, config = model, prompt.get_seq_length(), model.config
-        batch = len(prompt.layers[0].keys)
-        first = torch.zeros(batch, dtype=torch.long, device="cpu") if first is None else first
-        self._texts = torch.stack([torch.arange(batch, device="cpu"), first], dim=1)
-        self._batch, many = batch, batch > 1
-        # For all positions; pages that no token reaches take no memory.
-        columns = config.max_position_embeddings + int(first.max())
-        room = (batch, config.num_attention_heads, columns, config.head_dim)
-        rough = None if many else rough_of(model.lm_head)
-        self._held: list[Any] = [rough]  # what the structures point to
-        blocks = []
-        for block, layer in zip(model.model.layers, prompt.layers, strict=True):
-            caches = [torch.empty(room, dtype=model.dtype, device="cpu") for _ in range(2)]
-            for own, read in zip(caches, (layer.keys, layer.values), strict=True):
-                own[:, :, : self._length] = read
-            self._held += caches
-            blocks.append(self._block(block, *caches))
+        self._model, self._length, config = model, cache.get_seq_length(), model.config
+        layers: Any = cache.layers
+        self._batch, _, room, _ = layers[0].memory.shape[1:]
+        first = torch.zeros(self._batch, dtype=torch.long, device="cpu") if first is None else first
+        self._texts = torch.stack([torch.arange(self._batch, device="cpu"), first], dim=1)
+        rough = rough_of(model.lm_head) if self._batch == 1 else None
+        self._held: list[Any] = [rough, cache]  # what the structures point to
+        blocks = [
+            self._block(block, *layer.memory)
+            for block, layer in zip(model.model.layers, layers, strict=True)
+        ]
         self._structure = _Model(
             blocks=(_Block * len(blocks))(*blocks),
             layers=len(blocks),
@@ -108,7 +128,7 @@ class OneToken:
             head=self._product(model.lm_head),
             rough_head=Rough() if rough is None else Rough.from_buffer_copy(rough.structure),
             heads=config.num_attention_heads,
-            room=columns,
+            room=room,
             inner_size=config.intermediate_size,
             way=way,
             type=TYPES[model.dtype],
@@ -141,10 +161,11 @@ class OneToken:
         positions = self._length - first
         if positions.max() >= limit:
             raise_past_limit(positions.max() + 1, limit)
+        assert self._length < self._structure.room  # the C++ writes there
         embedded = model.embed_tokens(token[index, 0]) + model.embed_positions(positions)
-        make = torch.empty if len(index) == self._batch else torch.zeros
-        shape = (self._batch, 1, self._structure.head.rows)
-        scores = make(shape, dtype=torch.float32, device="cpu")
+        scores = empty(self._batch, 1, self._structure.head.rows, dtype=torch.float32)
+        if len(index) < self._batch:
+            scores.zero_()
         texts, self._structure.rough_head.most = self._texts.contiguous(), most
         self._structure.texts, self._structure.count = texts.data_ptr(), len(texts)
         word = call("step", self._structure, self._length, embedded.float(), scores)

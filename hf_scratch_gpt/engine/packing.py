@@ -3,6 +3,8 @@
 # C length of an input vector, D of an output vector, N vectors
 
 import ctypes
+import math
+import mmap
 import weakref
 from typing import Any
 
@@ -14,11 +16,25 @@ from .half import IS_X86, is_slow
 from .private_ops import has_onednn, onednn_linear, pack, version_of
 from .products import INTEGER, TYPES, Product, address_of, call, panel_size, structure
 
+_LARGE_PAGE = 2**21  # bytes
 _SAMPLED = 64  # numbers of a weight that are compared
 
 _Layer = structure(
     "Layer", product=Product, count=INTEGER, has_gelu=ctypes.c_bool, tanh=ctypes.c_bool
 )
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """As `torch.empty` on a CPU, in large pages of memory where the system has them.
+
+    The first touch of a page takes some microseconds, whatever its size.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class MadeOf:
@@ -69,10 +85,9 @@ class Panels(MadeOf):
         if weight.dtype == torch.int8:  # in pairs
             numbers = F.pad(numbers, (0, columns % 2)).view(torch.bfloat16)
         self._type, self._shape, size = TYPES[weight.dtype], weight.shape, panel_size()
-        packed = -(-rows // size) * size, numbers.shape[1]
-        self.panels = torch.empty(packed, dtype=numbers.dtype, device="cpu")
+        self.panels = empty(-(-rows // size) * size, numbers.shape[1], dtype=numbers.dtype)
         product = Product(None, None, None, None, *numbers.shape, TYPES[numbers.dtype])
-        call("pack", product, self.panels.nbytes, numbers, self.panels)
+        call("pack", product, 0, numbers, self.panels)
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Any:

@@ -110,7 +110,8 @@ template <int N, typename W>
 [[gnu::noinline]] void tile(const W* panel, int64_t steps, const typename Panel<W>::Number* x,
                             const W* next, int64_t pause, void* y) {
   constexpr int64_t kSize = kPanel * Panel<W>::kColumns;
-  typename Panel<W>::Sums sums[N][2] = {};
+  typename Panel<W>::Sums sums[N][2];
+  for (auto& pair : sums) pair[0] = pair[1] = typename Panel<W>::Sums{};
   int64_t left = 1;
   for (int64_t i = 0; i < steps; i++, panel += kSize) {
     if (--left == 0) {
@@ -133,35 +134,36 @@ void tile_of(int64_t vectors, Rest... rest) {
 }
 
 // Hand some rows of W x + bias, of each of the vectors in x, to `use`, those of this thread: the
-// vector's number, and from which row on how many sums there are.
+// vector's number, and from which row on how many sums there are. Threads take panels as they come
+// to them, since one may be slower than another.
 template <typename W, typename Use>
 void multiply_many(const Product& product, const float* x, int64_t vectors, Use use) {
   constexpr int64_t kColumns = Panel<W>::kColumns;
   const int64_t columns = product.columns, steps = (columns + kColumns - 1) / kColumns;
   const int64_t size = steps * kColumns * kPanel;
-  const auto [start, end] = share_of((product.rows + kPanel - 1) / kPanel);
   for (int64_t block = 0; block < vectors; block += kBlock) {
     const int64_t count = std::min(kBlock, vectors - block), groups = (count + kTall - 1) / kTall;
     const Inputs<W> inputs(x + block * columns, count, columns);
-    for (int64_t i = start * groups; i < end * groups; i++) {
-      const int64_t panel = i / groups, group = i % groups;
-      const int64_t first = count * group / groups, number = count * (group + 1) / groups - first;
-      const W* place = static_cast<const W*>(product.panels) + panel * size;
-      const W* next = place + size + steps * group / groups * kColumns * kPanel;
-      typename Panel<W>::Number y[kTall * kPanel];
-      tile_of<kTall>(number, place, steps, inputs.at(first), next, groups, y);
-      const int64_t row = panel * kPanel, rows = std::min(kPanel, product.rows - row);
+#pragma omp for schedule(guided) nowait
+    for (int64_t row = 0; row < product.rows; row += kPanel) {
+      const int64_t rows = std::min(kPanel, product.rows - row);
+      const W* panel = static_cast<const W*>(product.panels) + row / kPanel * size;
       float scales[kPanel], biases[kPanel];
       for (int64_t j = 0; j < rows; j++) {
         scales[j] = product.scale ? product.scale[row + j] : 1;
         biases[j] = product.bias ? product.bias[row + j] : 0;
       }
-      for (int64_t n = 0; n < number; n++) {
-        const float scale = inputs.scale(first + n);
-        float sums[kPanel];
-        for (int64_t j = 0; j < kPanel; j++)
-          sums[j] = y[n * kPanel + j] * scale * scales[j] + biases[j];
-        use(block + first + n, row, sums, rows);
+      for (int64_t group = 0; group < groups; group++) {
+        const int64_t first = count * group / groups, end = count * (group + 1) / groups;
+        const W* next = panel + size + steps * group / groups * kColumns * kPanel;
+        typename Panel<W>::Number y[kTall * kPanel];
+        tile_of<kTall>(end - first, panel, steps, inputs.at(first), next, groups, y);
+        for (int64_t n = first; n < end; n++) {
+          float sums[kPanel];
+          for (int64_t j = 0; j < kPanel; j++)
+            sums[j] = y[(n - first) * kPanel + j] * inputs.scale(n) * scales[j] + biases[j];
+          use(block + n, row, sums, rows);
+        }
       }
     }
   }

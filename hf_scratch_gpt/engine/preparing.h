@@ -2,10 +2,6 @@
 
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "panels.h"
 
 namespace {
@@ -23,15 +19,6 @@ void pack(const T* matrix, int64_t rows, int64_t columns, T* panels) {
     for (int64_t c = 0; c < columns; c++, to += kPanel)
       for (int64_t r = 0; r < kPanel; r++) to[r] = from[r][c];
   }
-}
-
-// Ask for large pages of memory, which is not in use yet: the first touch of each takes some us.
-inline void ask_for_large_pages(void* memory, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t start = (uintptr_t(memory) + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(start), uintptr_t(memory) + bytes - start, MADV_HUGEPAGE);
-#endif
 }
 
 // The head in int8, less the mean of its rows, which adds the same to all scores and is large where
@@ -86,10 +73,9 @@ void make_rough(const Rough& rough, const W* head, std::vector<double>& mean) {
 
 }  // namespace
 
-extern "C" int64_t pack(const Product* product, int64_t bytes, const void* matrix, void* panels,
+extern "C" int64_t pack(const Product* product, int64_t, const void* matrix, void* panels,
                         int threads) {
   const int64_t rows = product->rows, columns = product->columns;
-  ask_for_large_pages(panels, bytes);
 #pragma omp parallel num_threads(threads)
   if (product->type == kFloat32)
     pack(static_cast<const float*>(matrix), rows, columns, static_cast<float*>(panels));

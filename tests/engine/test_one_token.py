@@ -8,7 +8,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation, restore
-from hf_scratch_gpt.engine.one_token import OneToken, can_compute
+from hf_scratch_gpt.engine.one_token import OneToken, cache_with_room, can_compute
 from hf_scratch_gpt.engine.packed import Int8Linear
 from hf_scratch_gpt.engine.products import WAYS, call, product_of
 
@@ -20,7 +20,7 @@ READ = 5
 @torch.no_grad()
 def logits_by_steps(model, ids, way=0, threads=1):
     """Scores after each of `ids` (1, T) but the first few, which are read at once."""
-    cache = DynamicCache(config=model.config)
+    cache = cache_with_room(model, len(ids), ids.shape[1] + 2)
     model(ids[:, :READ], cache=cache)
     torch.set_num_threads(threads)
     step = OneToken(model, cache, way)
@@ -30,7 +30,7 @@ def logits_by_steps(model, ids, way=0, threads=1):
 @torch.no_grad()
 def logits_of_many(model, ids, first, threads=1):
     """The same of texts (B, T), of which those before `first` (B,) are padding."""
-    cache = DynamicCache(config=model.config)
+    cache = cache_with_room(model, len(ids), ids.shape[1] + 2)
     mask = torch.arange(READ) >= first[:, None]
     model(ids[:, :READ], attention_mask=mask.long(), cache=cache)
     torch.set_num_threads(threads)
@@ -100,7 +100,7 @@ def test_a_text_is_the_same_among_others(weights, monkeypatch):
 @torch.no_grad()
 def test_texts_that_are_not_kept_are_not_read():
     model, ids = make(), random_ids(4, 8)
-    cache = DynamicCache(config=model.config)
+    cache = cache_with_room(model, len(ids), ids.shape[1] + 2)
     model(ids, cache=cache)
     step = OneToken(model, cache)
     expected = model(torch.cat([ids, ids[:, :2]], dim=1)).logits[:, -2:]
@@ -144,6 +144,21 @@ def test_int8(dtype):
     exact = copy.deepcopy(model).double()(ids).logits[:, READ:]
     atol = 2e-3 if dtype == torch.float32 else 2e-2  # vectors have 12 to 15 bits
     torch.testing.assert_close(logits_by_steps(model, ids).double(), exact, atol=atol, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_a_prompt_in_pieces_fills_the_room_that_there_is():
+    model, ids = make(), random_ids(3, 9)
+    cache = cache_with_room(model, 3, 12)
+    memory = [layer.memory for layer in cache.layers]
+    pieces = [model(piece, cache=cache).logits for piece in ids.split((4, 1, 4), dim=1)]
+    expected = model(ids).logits
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=2e-5, rtol=2e-5)
+    other = DynamicCache(config=model.config)
+    model(ids, cache=other)
+    for layer, own, usual in zip(cache.layers, memory, other.layers, strict=True):
+        assert layer.keys.data_ptr() == own.data_ptr()
+        torch.testing.assert_close(own[:, :, :, :9], torch.stack([usual.keys, usual.values]))
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])

@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, optimize_for_generation
-from hf_scratch_gpt.engine.one_token import OneToken
+from hf_scratch_gpt.engine.one_token import OneToken, cache_with_room
 from hf_scratch_gpt.engine.products import WAYS
 from hf_scratch_gpt.engine.rough_head import RoughHead, rough_of
 
@@ -30,7 +29,7 @@ def make(change=nothing, dtype=torch.float32, **changes):
 
 @torch.no_grad()
 def after_a_prompt(model, way=0):
-    cache, ids = DynamicCache(config=model.config), torch.arange(5)[None]
+    cache, ids = cache_with_room(model, 1, 32), torch.arange(5)[None]
     model(ids, cache=cache)
     return OneToken(model, cache, way)
 

@@ -48,17 +48,19 @@ def measurements(
     """Each measurement by its name."""
     named: dict[str, Callable[[], dict[str, Any]]] = {}
     dtypes = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
-    for line, (*sizes, kinds) in (LINES | (LONG_LINES if has_long else {})).items():
-        for weights in kinds if device == "cpu" else dtypes:
-            named[f"{line}, {weights}"] = partial(
-                generation.writing, folder, weights, rounds, device, openvino, *sizes
-            )
+    lines = LINES | (LONG_LINES if has_long else {})
+    for weights in (*dtypes, "int8") if device == "cpu" else dtypes:  # peers are started once
+        for line, (*sizes, kinds) in lines.items():
+            if weights in kinds:
+                named[f"{line}, {weights}"] = partial(
+                    generation.writing, folder, weights, rounds, device, openvino, *sizes
+                )
     if has_long:
         named["64 requests"] = partial(generation.requests, folder, rounds, device)
     for dtype in dtypes:
         if device == "cpu" and is_slow(DTYPES[dtype]):
             continue  # nobody trains in a type that is forty times slower than float32
-        named[f"training, {dtype}"] = partial(training, folder, dtype, device)
+        named[f"training, {dtype}"] = partial(training, folder, dtype, device, has_long)
     named["from_pretrained"] = partial(start.loading, folder, rounds)
     for texts in (1, 10_000):
         named[f"tokenization, 10 MB in {texts:,}"] = partial(start.tokenization, texts, rounds)

@@ -1,6 +1,7 @@
 """Writing and reading: one text, a long prompt, several texts at once."""
 
 import copy
+import functools
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -13,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hf_scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM, optimize_for_generation
 
-from .peers import DTYPES, OURS, Write, load, writers
+from .peers import DTYPES, OURS, Write, load, refusal, writers
 from .timing import in_turns, matrix_peak, rates, read_bandwidth, seconds_of
 
 # How far below the best token's score a written one's may be on average, in spreads of the scores.
@@ -60,18 +61,20 @@ def check(
     assert gap < tolerance, f"{name} writes other tokens than GPT2LMHeadModel: {gap}"
 
 
+@functools.lru_cache(maxsize=1)  # they take gigabytes
 def tried(
-    ways: list[tuple[str, Write]], ids: torch.Tensor, device: str
+    folder: Path, weights: str, device: str, openvino: str | None
 ) -> tuple[dict[str, Write], dict[str, float], list[str]]:
-    """Those of `ways` that are worth their time, seconds of their first calls, and what is not.
+    """Ways to write that are worth their time, seconds of their first calls, and what is not.
 
-    Each writes two tokens after a part of two texts at most, twice: the first call prepares.
+    Each writes two tokens after two texts, if it takes two, twice: the first call prepares.
     """
+    ways, left_out = writers(folder, weights, device, openvino)
+    ids = torch.randint(0, 50257, (2, 32), generator=torch.Generator().manual_seed(1))
     firsts: dict[str, float] = {}
     seconds: dict[str, float] = {}
-    left_out = []
-    for name, write in ways:
-        trial = partial(write, ids[:2, :32], 2)
+    for name, write in ways.items():
+        trial = partial(write, ids[:1] if refusal(name, 2, 34) else ids, 2)
         try:
             firsts[name] = seconds_of(trial, device)
             seconds[name] = seconds_of(trial, device)
@@ -86,8 +89,14 @@ def tried(
         for name, taken in seconds.items()
         if taken > most
     ]
-    kept = {name: write for name, write in ways if seconds.get(name, most + 1) <= most}
+    kept = {name: write for name, write in ways.items() if seconds.get(name, most + 1) <= most}
     return kept, firsts, left_out
+
+
+@functools.cache
+def reference_of(folder: Path, device: str) -> PreTrainedModel:
+    """What writers are checked by: `GPT2LMHeadModel` in float32."""
+    return load(folder, "float32", device)[0]
 
 
 def writing(
@@ -102,15 +111,17 @@ def writing(
 ) -> dict[str, Any]:
     """Tokens a second: those written, or, if only one is written, those of the prompt."""
     ids = torch.randint(0, 50257, (texts, prompt), generator=torch.Generator().manual_seed(0))
-    reference = load(folder, "float32", device)[0]
-    found, missing = writers(folder, weights, device, openvino, texts, prompt + written)
-    ways, firsts, left_out = tried(found, ids, device)
+    ways, firsts, left_out = tried(folder, weights, device, openvino)
+    refusals = {name: refusal(name, texts, prompt + written) for name in ways}
+    ways = {name: way for name, way in ways.items() if refusals[name] is None}
+    left_out = left_out + [f"{name} ({why})" for name, why in refusals.items() if why]
     texts_of: dict[str, list[list[int]]] = {}
 
     def call(name: str) -> None:
         texts_of[name] = ways[name](ids, written)
 
     seconds = in_turns({name: partial(call, name) for name in ways}, rounds, device)
+    reference = reference_of(folder, device)
     for name, text in texts_of.items():
         check(name, ids[:_CHECKED], text[:_CHECKED], reference, TOLERANCE[weights])
     amount = texts * (prompt if written == 1 else written)
@@ -118,8 +129,8 @@ def writing(
         "unit": "tokens/s",
         "rates": rates(amount, seconds),
         "limit": amount / limit(folder, weights, device, texts, prompt, written),
-        "first call, s": firsts,
-        "left out": missing + left_out,
+        "first call, s": {name: firsts[name] for name in ways},
+        "left out": left_out,
     }
 
 

@@ -25,6 +25,8 @@ from . import by_openvino
 from .gguf_file import write_gguf
 
 OURS = ("ours, plain", "ours, fast")
+COMPILED, LLAMA = "GPT2LMHeadModel, compiled", "llama.cpp"
+_COMPILED_LENGTH = 96  # tokens of its static cache; another length is compiled anew
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Takes ids (B, T) and how many to write; returns those, (B, N).
 Write = Callable[[torch.Tensor, int], list[list[int]]]
@@ -90,22 +92,21 @@ def load(folder: Path, dtype: str, device: str) -> tuple[PreTrainedModel, PreTra
 
 
 def writers(
-    folder: Path, weights: str, device: str, openvino: str | None, texts: int, length: int
-) -> tuple[list[tuple[str, Write]], list[str]]:
+    folder: Path, weights: str, device: str, openvino: str | None
+) -> tuple[dict[str, Write], list[str]]:
     """All ways to write with the weights in `folder`, kept as "float32", "bfloat16" or "int8".
 
-    And what is left out, and why. `openvino` is the interpreter of OpenVINO's environment, `length`
-    that of prompt and text.
+    And what is left out, and why. `openvino` is the interpreter of OpenVINO's environment.
     """
     dtype = "float32" if weights == "int8" else weights
     theirs, ours = load(folder, dtype, device)
-    fast = (OURS[1], by_fast_generate(copy.deepcopy(ours), "int8" if weights == "int8" else None))
-    ways: list[tuple[str, Write]] = [fast]
+    fast = by_fast_generate(copy.deepcopy(ours), "int8" if weights == "int8" else None)
+    ways: dict[str, Write] = {}
     if weights != "int8":
-        ways = [("GPT2LMHeadModel", by_generate(theirs)), (OURS[0], by_generate(ours)), fast]
-        is_slow_here = device == "cpu" and is_slow(DTYPES[dtype])
-        if texts == 1 and length < 100 and not is_slow_here:  # it compiles for most of a minute
-            ways.append(("GPT2LMHeadModel, compiled", by_compiled_generate(theirs, length)))
+        ways = {"GPT2LMHeadModel": by_generate(theirs), OURS[0]: by_generate(ours)}
+        if device != "cpu" or not is_slow(DTYPES[dtype]):  # it compiles for most of a minute
+            ways[COMPILED] = by_compiled_generate(theirs)
+    ways[OURS[1]] = fast
     if device != "cpu":
         return ways, []
     left_out = []
@@ -114,30 +115,42 @@ def writers(
     elif weights == "bfloat16":
         left_out.append("CTranslate2 (refuses bfloat16 on a CPU)")
     else:
-        ways.append(("CTranslate2", by_ctranslate2(folder, weights)))
+        ways["CTranslate2"] = by_ctranslate2(folder, weights)
     if not (importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")):
-        left_out.append("llama.cpp (llama-cpp-python and gguf are not installed)")
-    elif texts > 1:
-        left_out.append("llama.cpp (this binding of it takes one text)")
+        left_out.append(f"{LLAMA} (llama-cpp-python and gguf are not installed)")
     else:
-        ways.append(("llama.cpp", by_llama_cpp(folder, weights)))
+        ways[LLAMA] = by_llama_cpp(folder, weights)
     if openvino is None:
         left_out.append("OpenVINO (--openvino names the interpreter of its environment)")
     else:
         try:
             write = by_openvino.start(openvino, folder, weights, torch.get_num_threads())
-            ways.append(("OpenVINO", lambda ids, count: write(ids.tolist(), count)))
+            ways["OpenVINO"] = lambda ids, count: write(ids.tolist(), count)
         except RuntimeError as error:
             left_out.append(f"OpenVINO ({error})")
     return ways, left_out
 
 
-def by_compiled_generate(model: PreTrainedModel, length: int) -> Write:
-    """`generate` of a copy of `model`, compiled, with a static cache of `length` tokens."""
+def refusal(name: str, texts: int, length: int) -> str | None:
+    """Why the way of this name does not write so many texts, of so many tokens with their prompts.
+
+    None if it does.
+    """
+    if name == LLAMA and texts > 1:
+        return "this binding of it takes one text"
+    if name == COMPILED and (texts > 1 or length > _COMPILED_LENGTH):
+        return "compiled for one short text only"
+    return None
+
+
+def by_compiled_generate(model: PreTrainedModel) -> Write:
+    """`generate` of a copy of `model`, compiled, with a static cache; it takes one short text."""
     mode = "default" if model.device.type == "cpu" else "reduce-overhead"
     compiled = CompileConfig(fullgraph=True, mode=mode)
     compiled._compile_all_devices = True
-    static = dict(cache_implementation="static", max_cache_len=length, compile_config=compiled)
+    static = dict(
+        cache_implementation="static", max_cache_len=_COMPILED_LENGTH, compile_config=compiled
+    )
     return by_generate(copy.deepcopy(model), **static)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -61,10 +62,20 @@ def check(
     assert gap < tolerance, f"{name} writes other tokens than GPT2LMHeadModel: {gap}"
 
 
-@functools.lru_cache(maxsize=1)  # they take gigabytes
-def tried(
-    folder: Path, weights: str, device: str, openvino: str | None
-) -> tuple[dict[str, Write], dict[str, float], list[str]]:
+Tried = tuple[dict[str, Write], dict[str, float], list[str]]
+_tried: dict[tuple[Any, ...], Tried] = {}  # one, as they take gigabytes
+
+
+def tried(*given: Any) -> Tried:
+    """As `_try`, anew only for others; the last ones have ended by then."""
+    if given not in _tried:
+        _tried.clear()
+        gc.collect()
+        _tried[given] = _try(*given)
+    return _tried[given]
+
+
+def _try(folder: Path, weights: str, device: str, openvino: str | None) -> Tried:
     """Ways to write that are worth their time, seconds of their first calls, and what is not.
 
     Each writes two tokens after two texts, if it takes two, twice: the first call prepares.

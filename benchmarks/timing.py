@@ -10,7 +10,7 @@ import torch
 from hf_scratch_gpt.engine.half import multiplied_as
 from hf_scratch_gpt.engine.products import WAYS, multiply_seconds
 
-_ENOUGH = 25  # seconds
+_ENOUGH = 40  # seconds
 _BYTES = 2**29  # larger than any cache
 
 
@@ -40,7 +40,7 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each of `ways` in each round; a machine's slow minutes meet all of them.
 
-    No round begins after 25 seconds, and only the first has those that take twice as long as the
+    No round begins after 40 seconds, and only the first has those that take twice as long as the
     shortest.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -3,6 +3,7 @@
 # B texts, V vocabulary
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import nn
 from transformers import Cache, DynamicLayer
 
 from ..model.positions_scratch_gpt import raise_past_limit
-from .packing import empty, panels_of
+from .packing import empty_in_large_pages, panels_of
 from .private_ops import is_watched
 from .products import INTEGER, POINTER, TYPES, Product, address_of, call, product_of, structure
 from .rough_head import Rough, rough_of
+
+# Bytes of a cache in large pages. In small ones, room that no token has reached takes no memory.
+_MOST = 2**28
 
 
 def can_compute(model: Any) -> bool:
@@ -90,9 +94,12 @@ class Room(DynamicLayer):
 
 def cache_with_room(model: Any, batch: int, tokens: int) -> Cache:
     """A cache for `batch` texts of up to `tokens` tokens each, in whose memory the C++ writes."""
-    config = model.config
-    shape = batch, config.num_attention_heads, tokens, config.head_dim
-    memory = empty(config.num_hidden_layers, 2, *shape, dtype=model.dtype)
+    config, dtype = model.config, model.dtype
+    shape = config.num_hidden_layers, 2, batch, config.num_attention_heads, tokens, config.head_dim
+    if math.prod(shape) * dtype.itemsize < _MOST:
+        memory = empty_in_large_pages(*shape, dtype=dtype)
+    else:
+        memory = torch.empty(shape, dtype=dtype, device="cpu")
     return Cache(layers=[Room(of_layer) for of_layer in memory])
 
 
@@ -163,7 +170,8 @@ class OneToken:
             raise_past_limit(positions.max() + 1, limit)
         assert self._length < self._structure.room  # the C++ writes there
         embedded = model.embed_tokens(token[index, 0]) + model.embed_positions(positions)
-        scores = empty(self._batch, 1, self._structure.head.rows, dtype=torch.float32)
+        shape = self._batch, 1, self._structure.head.rows
+        scores = empty_in_large_pages(*shape, dtype=torch.float32)
         if len(index) < self._batch:
             scores.zero_()
         texts, self._structure.rough_head.most = self._texts.contiguous(), most

@@ -6,6 +6,7 @@ import ctypes
 import math
 import mmap
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _Layer = structure(
 )
 
 
-def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+def empty_in_large_pages(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """As `torch.empty` on a CPU, in large pages of memory where the system has them.
 
     The first touch of a page takes some microseconds, whatever its size.
@@ -33,7 +34,8 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel may have none
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
@@ -85,7 +87,8 @@ class Panels(MadeOf):
         if weight.dtype == torch.int8:  # in pairs
             numbers = F.pad(numbers, (0, columns % 2)).view(torch.bfloat16)
         self._type, self._shape, size = TYPES[weight.dtype], weight.shape, panel_size()
-        self.panels = empty(-(-rows // size) * size, numbers.shape[1], dtype=numbers.dtype)
+        packed = -(-rows // size) * size, numbers.shape[1]
+        self.panels = empty_in_large_pages(*packed, dtype=numbers.dtype)
         product = Product(None, None, None, None, *numbers.shape, TYPES[numbers.dtype])
         call("pack", product, 0, numbers, self.panels)
 

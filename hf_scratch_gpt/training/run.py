@@ -125,7 +125,7 @@ def train(
         training_arguments: those of `TrainingArguments`, over `setup.DEFAULTS`.
 
     Raises:
-        ValueError: the sources, the sizes or the folder do not fit.
+        ValueError: the sources, the sizes or the folder do not fit, or the training diverges.
         ImportError: a package is missing.
     """
     setup.check_installed()

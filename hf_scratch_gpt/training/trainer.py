@@ -21,7 +21,13 @@ from transformers.utils import logging
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from . import run_folder as runs
 from .blocks import Blocks, ShuffledOrder, whole_batches
-from .callbacks import KeepFolder, RunningLoss, StopOnSignal, losses_of_rows
+from .callbacks import (
+    KeepFolder,
+    RefuseDivergence,
+    RunningLoss,
+    StopOnSignal,
+    losses_of_rows,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +93,7 @@ def make_trainer(
         processing_class=tokenizer,
         data_collator=default_data_collator,
         compute_metrics=RunningLoss(),
-        callbacks=[KeepFolder(kept), *callbacks],
+        callbacks=[RefuseDivergence(), KeepFolder(kept), *callbacks],
     )
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         logger.warning("fsdp shards only on accelerators; here each process keeps all weights")

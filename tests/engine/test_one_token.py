@@ -146,8 +146,10 @@ def test_int8(dtype):
     torch.testing.assert_close(logits_by_steps(model, ids).double(), exact, atol=atol, rtol=1e-2)
 
 
+@pytest.mark.parametrize("most", [0, 2**28])
 @torch.no_grad()
-def test_a_prompt_in_pieces_fills_the_room_that_there_is():
+def test_a_prompt_in_pieces_fills_the_room_that_there_is(most, monkeypatch):
+    monkeypatch.setattr("hf_scratch_gpt.engine.one_token._MOST", most)
     model, ids = make(), random_ids(3, 9)
     cache = cache_with_room(model, 3, 12)
     memory = [layer.memory for layer in cache.layers]

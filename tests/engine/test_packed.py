@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_scratch_gpt import FeedForward, ScratchGPTConfig
-from hf_scratch_gpt.engine import half
+from hf_scratch_gpt.engine import half, packing
 from hf_scratch_gpt.engine.half import is_slow
 from hf_scratch_gpt.engine.packed import Int8Linear, PackedFeedForward, PackedLinear
 from hf_scratch_gpt.engine.swap import _before_class
@@ -145,3 +145,13 @@ def test_which_types_are_slow_is_what_onednn_says():
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
     assert {dtype: not is_slow(dtype) for dtype in supported} == supported
+
+
+@pytest.mark.parametrize("has_large_pages", [True, False])
+def test_memory_in_large_pages_is_torchs_own_to_use(has_large_pages, monkeypatch):
+    if not has_large_pages:  # as a kernel without them says
+        monkeypatch.setattr("mmap.MADV_HUGEPAGE", -1, raising=False)
+    for shape in ((3, 2**20), (2, 3)):
+        memory = packing.empty_in_large_pages(*shape, dtype=torch.float32)
+        assert (memory.shape, memory.dtype, memory.device.type) == (shape, torch.float32, "cpu")
+        assert memory.fill_(2).sum() == 2 * memory.numel()

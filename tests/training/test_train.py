@@ -245,6 +245,28 @@ def test_a_second_interrupt_ends_at_once(run, tmp_path, logged_warnings):
     assert not list((tmp_path / "run").glob("checkpoint-3"))
 
 
+class Diverge(TrainerCallback):
+    """Makes the weights NaN after step 4."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 4:
+            model.model.norm.weight.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("validation", [None, 0.1])
+def test_a_training_that_diverges_is_an_error_and_goes_no_further(validation, run, tmp_path):
+    with pytest.raises(ValueError, match=r"nan after . steps.*lower learning_rate=0\.0006"):
+        run(callbacks=[Diverge()], validation=validation, save_steps=1, eval_steps=1)
+    saved = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "model.safetensors" not in saved
+    # Without a validation only the loss of the next step tells.
+    last = 4 if validation is None else 3
+    assert {name for name in saved if "checkpoint" in name} == {
+        f"checkpoint-{last - 1}",
+        f"checkpoint-{last}",
+    }
+
+
 def test_a_folder_takes_one_run_and_that_once(run, tmp_path):
     result = run()
     files = {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}

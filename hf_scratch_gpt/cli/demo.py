@@ -8,7 +8,9 @@ from rich.console import Console
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
+    out: Annotated[
+        str, typer.Option(metavar="<path>", help="Folder for the results.")
+    ] = "out/demo",
 ) -> None:
     """Train a small GPT in two minutes, and let it write.
 
@@ -21,5 +23,5 @@ def demo(
         from .demo_run import run_demo
 
     with without_progress_bars():  # all of it is seconds, but the training, which has its own
-        if not run_demo(out, console):
+        if not run_demo(Path(out), console):
             raise typer.Exit(130)  # as of Ctrl-C elsewhere

@@ -26,7 +26,8 @@ def inspect(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The text to look at.")],
     top: Annotated[int, typer.Option(help="How many of the likeliest next tokens.")] = 10,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with the attention of each head, too.")
+        str | None,
+        typer.Option(metavar="<path>", help="Write a page with the attention of each head, too."),
     ] = None,
 ) -> None:
     """Show what happens to a text in a model.
@@ -40,12 +41,13 @@ def inspect(
 
     if top < 1:
         raise ValueError(f"--top {top} is below 1; ask for at least one token")
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+    page = None if html is None else Path(html)
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise ValueError(f"--html {html} is not a file in a folder that exists; give another")
     network, tokenizer = load(model)
     seen = look(network, tokenizer, text, top)
-    if html is not None:
-        write_page(seen, html)
+    if page is not None:
+        write_page(seen, page)
     console = Console(highlight=False, markup=False)
     console.print(f"Tokens and their ids ({len(seen.ids)}):")
     console.print(_tokens(seen))
@@ -53,8 +55,8 @@ def inspect(
     console.print(_tree(seen.blocks))
     console.print()
     console.print(_likeliest(seen))
-    if html is not None:
-        console.print(f"The page is {printable(str(html.resolve()))}", soft_wrap=True)
+    if page is not None:
+        console.print(f"The page is {printable(str(page.resolve()))}", soft_wrap=True)
 
 
 def _tokens(seen: "Inspection") -> Columns:

@@ -34,7 +34,9 @@ def train(
             "of transformers' TrainingArguments, such as --weight-decay 0.01.",
         ),
     ],
-    output_dir: Annotated[Path, typer.Option(help="Folder of the run; resumes one begun.")],
+    output_dir: Annotated[
+        str, typer.Option(metavar="<path>", help="Folder of the run; resumes one begun.")
+    ],
     init_from: Annotated[
         str | None,
         typer.Option(help="Start from pretrained weights: a folder, a Hub id, or gpt2."),
@@ -201,7 +203,7 @@ def _end_of(result: "TrainingResult") -> str:
 
 def clear_cache(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="FOLDER", help="Where they are, if elsewhere.")
+        str | None, typer.Argument(metavar="FOLDER", help="Where they are, if elsewhere.")
     ] = None,
 ) -> None:
     """Remove the token ids that `train` has kept.
@@ -210,9 +212,9 @@ def clear_cache(
     """
     from ..training import corpus
 
-    if folder is not None and not folder.is_dir():
+    place = corpus.CACHE if folder is None else Path(folder)
+    if folder is not None and not place.is_dir():
         raise ValueError(f"there is no folder {folder}; give the one with the token ids, or none")
-    place = folder or corpus.CACHE
     removed = corpus.clear_cache(place)
     shown, size = printable(str(place)), f"{removed / 1e6:,.1f} MB"
     typer.echo(f"removed {size} from {shown}" if removed else f"{shown} holds no token ids")

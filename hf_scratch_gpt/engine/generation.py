@@ -117,8 +117,10 @@ def _write(
     if streamer is not None:
         streamer.put(input_ids.cpu())
     first = mask.argmax(-1)
-    most = model.config.max_position_embeddings + int(first.max())
-    cache = cache_with_room(model, len(mask), min(most, generation_config.max_length or most))
+    room = model.config.max_position_embeddings + int(first.max())
+    # A criterion of the caller may have another length than the configuration.
+    room = min(room, max(stopping_criteria.max_length or room, mask.shape[1]))
+    cache = cache_with_room(model, mask.shape, room)
     logits = model(input_ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits
     reader = OneToken(model, cache, model.optimized.way, first)
 

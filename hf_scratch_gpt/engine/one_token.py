@@ -1,9 +1,8 @@
 """One token of each text at a time on a CPU, by C++: `one_token.cpp`."""
 
-# B texts, V vocabulary
+# B texts, T new tokens, S tokens for which there is room, H heads, D head size, V vocabulary
 
 import ctypes
-import math
 from typing import Any
 
 import torch
@@ -15,9 +14,6 @@ from .packing import empty_in_large_pages, panels_of
 from .private_ops import is_watched
 from .products import INTEGER, POINTER, TYPES, Product, address_of, call, product_of, structure
 from .rough_head import Rough, rough_of
-
-# Bytes of a cache in large pages. In small ones, room that no token has reached takes no memory.
-_MOST = 2**28
 
 
 def can_compute(model: Any) -> bool:
@@ -75,31 +71,36 @@ def _norm(norm: Any, held: list[Any]) -> Any:
 
 
 class Room(DynamicLayer):
-    """A layer of a cache that does not move: `memory` (2, B, H, S, D) has room for all tokens."""
+    """A layer of a cache that stays where it is: in `memory` (2, B, H, S, D)."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         super().__init__()
-        self.memory, self.device, self.is_initialized = memory, memory.device, True
+        self.memory, self.is_initialized = memory, True
         self.keys, self.values = memory[:, :, :, :0]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values (B, H, T, D) behind those before; return all."""
-        start, tokens = self.get_seq_length(), key_states.shape[2]
-        self.keys, self.values = self.memory[:, :, :, : start + tokens]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        assert end <= self.memory.shape[3]
+        self.keys, self.values = self.memory[:, :, :, :end]
         self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
         return self.keys, self.values
 
 
-def cache_with_room(model: Any, batch: int, tokens: int) -> Cache:
-    """A cache for `batch` texts of up to `tokens` tokens each, in whose memory the C++ writes."""
-    config, dtype = model.config, model.dtype
-    shape = config.num_hidden_layers, 2, batch, config.num_attention_heads, tokens, config.head_dim
-    if math.prod(shape) * dtype.itemsize < _MOST:
-        memory = empty_in_large_pages(*shape, dtype=dtype)
-    else:
-        memory = torch.empty(shape, dtype=dtype, device="cpu")
+def cache_with_room(model: Any, prompts: tuple[int, ...], room: int) -> Cache:
+    """A cache with room for `room` tokens of each text, in whose memory the C++ writes.
+
+    `prompts` is their shape, (B, T).
+    """
+    config, (batch, tokens) = model.config, prompts
+    shape = config.num_hidden_layers, 2, batch, config.num_attention_heads, room, config.head_dim
+    if room <= 2 * tokens:
+        memory = empty_in_large_pages(*shape, dtype=model.dtype)
+    else:  # in small pages, room that no token reaches takes no memory
+        memory = torch.empty(shape, dtype=model.dtype, device="cpu")
     return Cache(layers=[Room(of_layer) for of_layer in memory])
 
 
@@ -168,7 +169,8 @@ class OneToken:
         positions = self._length - first
         if positions.max() >= limit:
             raise_past_limit(positions.max() + 1, limit)
-        assert self._length < self._structure.room  # the C++ writes there
+        if self._length >= self._structure.room:  # the C++ would write behind it
+            raise RuntimeError(f"there is no room for more than {self._length} tokens")
         embedded = model.embed_tokens(token[index, 0]) + model.embed_positions(positions)
         shape = self._batch, 1, self._structure.head.rows
         scores = empty_in_large_pages(*shape, dtype=torch.float32)

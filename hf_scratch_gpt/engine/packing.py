@@ -28,7 +28,8 @@ _Layer = structure(
 def empty_in_large_pages(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """As `torch.empty` on a CPU, in large pages of memory where the system has them.
 
-    The first touch of a page takes some microseconds, whatever its size.
+    Memory is cleared when it is first touched: in 0.3 ms for 2 MB at a time, in 6 us for 4 KB. The
+    tensor cannot be resized.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):

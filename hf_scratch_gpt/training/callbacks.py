@@ -105,26 +105,6 @@ class KeepFolder(TrainerCallback):
             rotate_checkpoints(args.output_dir, self.count, state.best_model_checkpoint)
 
 
-class RefuseDivergence(TrainerCallback):
-    """Ends a training whose loss has become infinite or NaN, before such weights are saved."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        for name in ("loss", "eval_loss"):
-            loss = (logs or {}).get(name, 0.0)
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss} after {state.global_step} steps, the training has "
-                    f"diverged; lower learning_rate={args.learning_rate:g}, in another folder"
-                )
-
-
 class SampleText(TrainerCallback):
     """Lets the model continue `prompt` every `steps` steps, and after the last; see `train`.
 

@@ -230,8 +230,6 @@ def make_arguments(
         defaults["report_to"] = "tensorboard"
     # Without it, each process that torchrun starts on CPUs would train by itself.
     defaults["use_cpu"] = not torch.accelerator.is_available()
-    # A loss that is NaN has to be seen, but for float16, whose scaler leaves such steps out.
-    defaults["logging_nan_inf_filter"] = bool(given.get("fp16"))
     # For `RunningLoss`; the Trainer would join the results of all batches anew for each batch.
     loop = dict(batch_eval_metrics=True, eval_do_concat_batches=False)
     return TrainingArguments(output_dir=os.fspath(output_dir), **{**defaults, **given, **loop})

@@ -21,13 +21,7 @@ from transformers.utils import logging
 from ..model.modeling_scratch_gpt import ScratchGPTForCausalLM
 from . import run_folder as runs
 from .blocks import Blocks, ShuffledOrder, whole_batches
-from .callbacks import (
-    KeepFolder,
-    RefuseDivergence,
-    RunningLoss,
-    StopOnSignal,
-    losses_of_rows,
-)
+from .callbacks import KeepFolder, RunningLoss, StopOnSignal, losses_of_rows
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +29,10 @@ _LOGITS = 2**22  # that are in memory at a time when a model is evaluated
 
 
 class _Trainer(Trainer):
-    """Takes blocks in the order that accelerate would, and less memory for logits."""
+    """Takes blocks in the order that accelerate would, and less memory for logits.
+
+    A training that has diverged is an error, and its weights are not saved.
+    """
 
     by_engine = False
 
@@ -49,6 +46,30 @@ class _Trainer(Trainer):
             return super().compute_loss(*args, **kwargs)
         finally:
             config.chunked_loss = kept
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not self.args.fp16:  # whose scaler leaves out the steps that overflow
+            self._refuse_divergence("loss", loss)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        self._refuse_divergence("validation loss", torch.tensor(metrics["eval_loss"]))
+        return metrics
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        if not self.is_fsdp_enabled:  # where each process has a part of them
+            for name, parameter in self.model.named_parameters():
+                self._refuse_divergence(name, parameter.detach())
+        super().save_model(*args, **kwargs)
+
+    def _refuse_divergence(self, name: str, numbers: torch.Tensor) -> None:
+        if not numbers.isfinite().all():
+            raise ValueError(
+                f"{name} is NaN or infinite after {self.state.global_step} steps, the training has "
+                f"diverged; lower learning_rate={self.args.learning_rate:g}, in another folder"
+            )
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -93,7 +114,7 @@ def make_trainer(
         processing_class=tokenizer,
         data_collator=default_data_collator,
         compute_metrics=RunningLoss(),
-        callbacks=[RefuseDivergence(), KeepFolder(kept), *callbacks],
+        callbacks=[KeepFolder(kept), *callbacks],
     )
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         logger.warning("fsdp shards only on accelerators; here each process keeps all weights")

@@ -6,7 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from transformers import DynamicCache, GenerationConfig, StaticCache, TextStreamer, set_seed
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    MaxLengthCriteria,
+    StaticCache,
+    StoppingCriteriaList,
+    TextStreamer,
+    set_seed,
+)
 
 from hf_scratch_gpt import ScratchGPTForCausalLM, ScratchGPTModel, optimize_for_generation
 from hf_scratch_gpt.engine.generation import _with_static_cache
@@ -169,6 +177,20 @@ def test_stopping_and_a_loop_of_the_callers(models, steps):
     assert after.shape == (1, 9)
     assert len(steps) == 2
     assert write(models[1], ids, custom_generate=lambda model, ids, **kwargs: ids) is ids
+
+
+@pytest.mark.parametrize("length", [3, 20, 60])
+@pytest.mark.parametrize("count", [3, 30])
+def test_a_length_of_the_callers_goes_before_the_configurations(
+    models, steps, length, count, logged_warnings
+):
+    ids, stop = random_ids(2, 4), StoppingCriteriaList([MaxLengthCriteria(length)])
+    before, after = (
+        write(model, ids, count, do_sample=False, stopping_criteria=stop) for model in models
+    )
+    assert after.tolist() == before.tolist()
+    assert after.shape == (2, max(5, length))
+    assert len(steps) == max(0, length - 5)
 
 
 def test_padding_that_generate_finds_by_itself(models, steps):

@@ -20,7 +20,7 @@ READ = 5
 @torch.no_grad()
 def logits_by_steps(model, ids, way=0, threads=1):
     """Scores after each of `ids` (1, T) but the first few, which are read at once."""
-    cache = cache_with_room(model, len(ids), ids.shape[1] + 2)
+    cache = cache_with_room(model, ids.shape, ids.shape[1] + 2)
     model(ids[:, :READ], cache=cache)
     torch.set_num_threads(threads)
     step = OneToken(model, cache, way)
@@ -30,7 +30,7 @@ def logits_by_steps(model, ids, way=0, threads=1):
 @torch.no_grad()
 def logits_of_many(model, ids, first, threads=1):
     """The same of texts (B, T), of which those before `first` (B,) are padding."""
-    cache = cache_with_room(model, len(ids), ids.shape[1] + 2)
+    cache = cache_with_room(model, ids.shape, ids.shape[1] + 2)
     mask = torch.arange(READ) >= first[:, None]
     model(ids[:, :READ], attention_mask=mask.long(), cache=cache)
     torch.set_num_threads(threads)
@@ -100,7 +100,7 @@ def test_a_text_is_the_same_among_others(weights, monkeypatch):
 @torch.no_grad()
 def test_texts_that_are_not_kept_are_not_read():
     model, ids = make(), random_ids(4, 8)
-    cache = cache_with_room(model, len(ids), ids.shape[1] + 2)
+    cache = cache_with_room(model, ids.shape, ids.shape[1] + 2)
     model(ids, cache=cache)
     step = OneToken(model, cache)
     expected = model(torch.cat([ids, ids[:, :2]], dim=1)).logits[:, -2:]
@@ -146,12 +146,11 @@ def test_int8(dtype):
     torch.testing.assert_close(logits_by_steps(model, ids).double(), exact, atol=atol, rtol=1e-2)
 
 
-@pytest.mark.parametrize("most", [0, 2**28])
+@pytest.mark.parametrize("room", [9, 12, 30])
 @torch.no_grad()
-def test_a_prompt_in_pieces_fills_the_room_that_there_is(most, monkeypatch):
-    monkeypatch.setattr("hf_scratch_gpt.engine.one_token._MOST", most)
+def test_a_prompt_in_pieces_fills_the_room_that_there_is(room):
     model, ids = make(), random_ids(3, 9)
-    cache = cache_with_room(model, 3, 12)
+    cache = cache_with_room(model, ids.shape, room)
     memory = [layer.memory for layer in cache.layers]
     pieces = [model(piece, cache=cache).logits for piece in ids.split((4, 1, 4), dim=1)]
     expected = model(ids).logits

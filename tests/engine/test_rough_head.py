@@ -29,7 +29,7 @@ def make(change=nothing, dtype=torch.float32, **changes):
 
 @torch.no_grad()
 def after_a_prompt(model, way=0):
-    cache, ids = cache_with_room(model, 1, 32), torch.arange(5)[None]
+    cache, ids = cache_with_room(model, (1, 5), 32), torch.arange(5)[None]
     model(ids, cache=cache)
     return OneToken(model, cache, way)
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -246,25 +247,39 @@ def test_a_second_interrupt_ends_at_once(run, tmp_path, logged_warnings):
 
 
 class Diverge(TrainerCallback):
-    """Makes the weights NaN after step 4."""
+    """Makes a weight NaN after `step`."""
+
+    def __init__(self, step):
+        self.step = step
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        if state.global_step == 4:
-            model.model.norm.weight.data.fill_(float("nan"))
+        if state.global_step == self.step:
+            model.model.norm.weight.data[0] = float("nan")
 
 
-@pytest.mark.parametrize("validation", [None, 0.1])
-def test_a_training_that_diverges_is_an_error_and_goes_no_further(validation, run, tmp_path):
-    with pytest.raises(ValueError, match=r"nan after . steps.*lower learning_rate=0\.0006"):
-        run(callbacks=[Diverge()], validation=validation, save_steps=1, eval_steps=1)
-    saved = {path.name for path in (tmp_path / "run").iterdir()}
-    assert "model.safetensors" not in saved
-    # Without a validation only the loss of the next step tells.
-    last = 4 if validation is None else 3
-    assert {name for name in saved if "checkpoint" in name} == {
-        f"checkpoint-{last - 1}",
-        f"checkpoint-{last}",
-    }
+@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (dict(validation=0.1, save_steps=1, eval_steps=1), "validation loss"),
+        (dict(validation=None, save_steps=1), "model.norm.weight"),
+        (dict(validation=None, save_strategy="no", logging_steps=100), None),
+        (dict(validation=None, save_strategy="no", optim="sgd"), None),
+    ],
+)
+def test_a_training_that_diverges_is_an_error_and_is_not_saved(
+    step, arguments, name, run, tmp_path
+):
+    at = step
+    if name is None:  # the next loss tells, if there is one, or the weights in the end
+        name = "loss" if step < 6 else "model.norm.weight"
+    said = rf"^{name} is NaN or infinite after {at} steps.*lower learning_rate=0\.0006"
+    with pytest.raises(ValueError, match=said):
+        run(callbacks=[Diverge(step)], **arguments)
+    saved = list((tmp_path / "run").rglob("*.safetensors"))
+    for path in saved:
+        assert all(weight.isfinite().all() for weight in load_file(path).values())
+    assert len(saved) == 2 * ("save_steps" in arguments)
 
 
 def test_a_folder_takes_one_run_and_that_once(run, tmp_path):

@@ -63,7 +63,7 @@ def measurements(
         named[f"training, {dtype}"] = partial(training, folder, dtype, device, has_long)
     named["from_pretrained"] = partial(start.loading, folder, rounds)
     for texts in (1, 10_000):
-        named[f"tokenization, 10 MB in {texts:,}"] = partial(start.tokenization, texts, rounds)
+        named[f"tokenization, 2 MB in {texts:,}"] = partial(start.tokenization, texts, rounds)
     return named
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     """Measure, print the table, draw it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--preset", default="gpt2", help="size of the model, such as gpt2-xl")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="measurements whose name has this, such as 'one text'")
     parser.add_argument("--long", action="store_true", help="lines that take minutes each, too")
     parser.add_argument("--openvino", help="the interpreter of an environment with optimum-intel")

@@ -29,7 +29,7 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def tokenization(texts: int, rounds: int) -> dict[str, Any]:
-    """MB a second of Python's manual again and again, 10 MB of it, in equal `texts`.
+    """MB a second of Python's manual again and again, 2 MB of it, in equal `texts`.
 
     The vocabulary is that of `GPT2_RELEASE_DIR`, or has 400 tokens. Ids are compared first.
     """
@@ -37,7 +37,7 @@ def tokenization(texts: int, rounds: int) -> dict[str, Any]:
     vocab, merges = str(folder / "encoder.json"), str(folder / "vocab.bpe")
     ours = ScratchGPTTokenizer(vocab, merges)
     fast = GPT2TokenizerFast(vocab=vocab, merges=merges)
-    manual, size = "\n".join(topics.values()) * 30, 10_000_000 // texts
+    manual, size = "\n".join(topics.values()) * 6, 2_000_000 // texts
     batch = [manual[start : start + size] for start in range(0, texts * size, size)]
     ways = {
         "ours": lambda: ours(batch, verbose=False)["input_ids"],

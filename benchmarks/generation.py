@@ -42,24 +42,18 @@ def limit(folder: Path, weights: str, device: str, texts: int, prompt: int, writ
 
 
 @torch.no_grad()
-def check(
-    name: str,
-    ids: torch.Tensor,
-    written: list[list[int]],
-    reference: PreTrainedModel,
-    tolerance: float,
-) -> None:
-    """Assert that `reference`, in float32, would have written the same, up to rounding.
+def gap(ids: torch.Tensor, written: list[list[int]], reference: PreTrainedModel) -> float:
+    """How far below the best tokens' scores those of `written` are, by `reference` in float32.
 
     Two ways to round may take one token or another where these are as good, and the texts part.
-    So each token is looked at by itself, after those that were written before it.
+    So each token is looked at by itself, after those that were written before it. The mean, in
+    spreads of the scores.
     """
     text = torch.tensor(written)
     whole = torch.cat([ids, text], dim=1).to(reference.device)
     logits = reference(whole).logits[:, ids.shape[1] - 1 : -1]
     chosen = logits.gather(-1, text.to(reference.device)[..., None])[..., 0]
-    gap = float(((logits.amax(-1) - chosen) / logits.std(-1)).mean())
-    assert gap < tolerance, f"{name} writes other tokens than GPT2LMHeadModel: {gap}"
+    return float(((logits.amax(-1) - chosen) / logits.std(-1)).mean())
 
 
 Tried = tuple[dict[str, Write], dict[str, float], list[str]]
@@ -134,7 +128,12 @@ def writing(
     seconds = in_turns({name: partial(call, name) for name in ways}, rounds, device)
     reference = reference_of(folder, device)
     for name, text in texts_of.items():
-        check(name, ids[:_CHECKED], text[:_CHECKED], reference, TOLERANCE[weights])
+        off = gap(ids[:_CHECKED], text[:_CHECKED], reference)
+        if off >= TOLERANCE[weights]:
+            said = f"{name} (writes other tokens than GPT2LMHeadModel, {off:.2g} spreads below)"
+            assert name not in OURS, said
+            left_out.append(said)
+            del seconds[name]
     amount = texts * (prompt if written == 1 else written)
     return {
         "unit": "tokens/s",

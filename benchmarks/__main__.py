@@ -51,7 +51,7 @@ def measurements(
     lines = LINES | (LONG_LINES if has_long else {})
     for weights in (*dtypes, "int8") if device == "cpu" else dtypes:  # peers are started once
         for line, (*sizes, kinds) in lines.items():
-            if weights in kinds:
+            if device != "cpu" or weights in kinds:
                 named[f"{line}, {weights}"] = partial(
                     generation.writing, folder, weights, rounds, device, openvino, *sizes
                 )

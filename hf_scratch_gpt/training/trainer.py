@@ -67,8 +67,9 @@ class _Trainer(Trainer):
     def _refuse_divergence(self, name: str, numbers: torch.Tensor) -> None:
         if not numbers.isfinite().all():
             raise ValueError(
-                f"{name} is NaN or infinite after {self.state.global_step} steps, the training has "
-                f"diverged; lower learning_rate={self.args.learning_rate:g}, in another folder"
+                f"{name} is NaN or infinite after {self.state.global_step} steps: the training has "
+                f"diverged; lower learning_rate={self.args.learning_rate:g} and choose another "
+                "folder"
             )
 
     def prediction_step(
